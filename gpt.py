@@ -1,0 +1,443 @@
+"""
+A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
+
+Read it from top to bottom. One letter has one meaning throughout, and a comment such as
+(B, T, C) is the shape of what has just been computed:
+
+    B batch, texts read side by side      V vocabulary size
+    T time, tokens of a text              H heads
+    C channels, the width of the model    D dimension of a head, d_k in [1]
+
+[1] is Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762.
+"""
+import argparse
+import codecs
+import functools
+import io
+import math
+import os
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # a waiting thread leaves its core to others
+warnings.filterwarnings('ignore', 'Failed to initialize NumPy')  # none is needed
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -- Tokens: a text becomes integers 0 ... V-1, and comes back from them --------------------------
+
+MAX_VOCAB = 2**16  # a token is stored in 16 bits
+UNKNOWN = '\ufffd'  # stands for what the char and the word tokenizer have not seen
+
+class CharTokenizer:
+    r"""One token a character; `learn` keeps the most frequent ones.
+
+    >>> t = CharTokenizer.learn('abracadabra')
+    >>> t.encode('cab'), t.decode([2, 0, 1]), t.decode(t.encode('cat'))
+    ([2, 0, 1], 'cab', 'ca\ufffd')
+    """
+    kind, cut = 'char', staticmethod(iter)
+
+    def __init__(self, learned):
+        self.learned, self.ids = learned, {unit: i for i, unit in enumerate(learned)}
+        self.tokens = [unit.encode() for unit in learned]
+
+    @classmethod
+    def learn(cls, text, vocab_size=MAX_VOCAB):
+        counts = Counter(cls.cut(text))
+        counts.pop(UNKNOWN, None)
+        return cls(sorted(unit for unit, _ in counts.most_common(vocab_size - 1)) + [UNKNOWN])
+
+    def encode(self, text):
+        unknown = self.ids[UNKNOWN]
+        return [self.ids.get(unit, unknown) for unit in self.cut(text)]
+
+    def decode(self, ids):
+        return ''.join(self.stream(ids))
+
+    def stream(self, ids):
+        """Decode ids as they come, holding a character back until its last byte is there."""
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        for i in ids:
+            yield decoder.decode(self.tokens[i])
+        yield decoder.decode(b'', final=True)
+
+# LaTeX in pieces of at most 64 characters: a control word, a control symbol, letters, a digit,
+# punctuation, line ends with the indentation after them, other white space.
+PIECE = re.compile(r'\\[A-Za-z@]{1,63}|\\[^\nA-Za-z]?| ?[^\W\d_]{1,63}|\d'
+                   r'| ?(?:[^\w\s\\]{1,63}|_)|\n{1,8}[ \t]{0,56}|\s')
+
+def pieces(text):
+    r"""The pieces of a text in order; joined they are the text.
+
+    >>> list(pieces('\\alpha_1 and $x$'))
+    ['\\alpha', '_', '1', ' and', ' $', 'x', '$']
+    """
+    return (match.group() for match in PIECE.finditer(text))
+
+class WordTokenizer(CharTokenizer):
+    """One token a piece of LaTeX."""
+    kind, cut = 'word', staticmethod(pieces)
+
+def pairs(word):
+    return map(''.join, zip(word, word[1:]))
+
+class BPETokenizer(CharTokenizer):
+    """Byte pairs (arXiv:1508.07909): start from the 256 bytes, and again and again make a token
+    of the most frequent pair of neighbours within a piece. Nothing is ever unknown.
+
+    >>> t = BPETokenizer.learn('aaabdaaabac', 256 + 3)
+    >>> t.tokens[256:], [t.decode([i]) for i in t.encode('aaabdaaabac')]
+    ([b'aa', b'ab', b'aaab'], ['aaab', 'd', 'aaab', 'a', 'c'])
+    """
+    kind = 'bpe'
+
+    def __init__(self, learned):
+        self.learned, self.pairs = learned, [chr(a) + chr(b) for a, b in learned]
+        self.ids = {pair: 256 + i for i, pair in enumerate(self.pairs)}
+        self.tokens = [bytes([byte]) for byte in range(256)]
+        for a, b in learned:
+            self.tokens.append(self.tokens[a] + self.tokens[b])
+        self.merge = functools.lru_cache(MAX_VOCAB)(self.merge)
+
+    @staticmethod
+    def word(piece):
+        """A piece as a string in which chr(i) is token i, at first a byte."""
+        return piece.encode('utf-8', 'replace').decode('latin-1')
+
+    @classmethod
+    def learn(cls, text, vocab_size=MAX_VOCAB):
+        counts = Counter(map(cls.word, pieces(text)))
+        words, times, merges = list(counts), list(counts.values()), []
+        total, where = Counter(), defaultdict(set)  # of each pair: how often, in which words
+        for w, word in enumerate(words):
+            for pair in pairs(word):
+                total[pair] += times[w]
+                where[pair].add(w)
+        while len(merges) < vocab_size - 256 and total:
+            best = max(total, key=total.get)  # of equals the one seen first
+            if total[best] < 2:
+                break
+            merges.append([ord(token) for token in best])
+            for w in where.pop(best):
+                for pair in pairs(words[w]):
+                    total[pair] -= times[w]
+                    if not total[pair]:
+                        del total[pair]
+                words[w] = words[w].replace(best, chr(255 + len(merges)))
+                for pair in pairs(words[w]):
+                    total[pair] += times[w]
+                    where[pair].add(w)
+        return cls(merges)
+
+    def merge(self, piece):
+        """The ids of one piece: pairs merge in the order in which they were learned."""
+        word = self.word(piece)
+        while True:
+            first = min((self.ids[pair] for pair in pairs(word) if pair in self.ids), default=0)
+            if not first:
+                return list(map(ord, word))
+            word = word.replace(self.pairs[first - 256], chr(first))
+
+    def encode(self, text):
+        return [i for piece in pieces(text) for i in self.merge(piece)]
+
+TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
+
+# -- The model ------------------------------------------------------------------------------------
+
+ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu,
+               'relu2': lambda x: F.relu(x).square()}  # So et al. 2021, arXiv:2109.08668
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 64
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128
+    head_dim: int = 0  # 0: n_embd / n_head
+    mlp_dim: int = 0  # 0: 4 n_embd
+    dropout: float = 0.0
+    position: str = 'rotary'  # rotary, learned or none
+    norm_weights: bool = False
+    activation: str = 'relu2'
+    bias: bool = False
+    tied: bool = False
+    value_embeddings: bool = True
+    smear: bool = True
+    zero_init: bool = True
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.mlp_dim = self.mlp_dim or 4 * self.n_embd
+
+    @property
+    def n_params(self):
+        """The exact number of parameters, counted on a device that has shapes and no memory."""
+        with torch.device('meta'):
+            return sum(p.numel() for p in GPT(self).parameters())
+
+def attention(q, k, v):
+    """Equation (1) of [1]: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, causal.
+
+    Each query takes the mean of the values of its past, weighted by how well their keys fit;
+    all are (B, H, T, D). This is for reading: the model runs torch's fused version of it.
+    """
+    T, D = q.shape[-2:]
+    scores = q @ k.mT / math.sqrt(D)  # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
+    return weights @ v  # (B, H, T, D)
+
+def rotate(x, start=0, base=10_000):
+    """Turn x (B, H, T, D) at time t by the angle t / base^(2i/D) in the plane of coordinates i and
+    i + D/2, so that <q at s, k at t> knows s and t by s - t alone (RoFormer, arXiv:2104.09864)."""
+    T, D = x.shape[-2:]
+    frequency = base ** (-torch.arange(0, D, 2, device=x.device) / D)
+    angle = torch.outer(torch.arange(start, start + T, device=x.device), frequency)  # (T, D/2)
+    a, b, cos, sin = *x.chunk(2, dim=-1), angle.cos(), angle.sin()
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+class SelfAttention(nn.Module):
+    """H heads side by side; the sum of their outputs is one product with all of W_O."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, C, HD = config, config.n_embd, config.n_head * config.head_dim
+        self.qkv = nn.Linear(C, 3 * HD, bias=False)  # W_Q, W_K, W_V of all heads
+        self.out = nn.Linear(HD, C, bias=config.bias)  # W_O
+        if config.value_embeddings:  # what a token says wherever it stands (arXiv:2410.17897)
+            self.value = nn.Embedding(config.vocab_size, HD)
+
+    def forward(self, x, idx, cache):
+        c, (B, T, _) = self.config, x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
+        if c.value_embeddings:
+            v = v + self.value(idx).view(B, T, c.n_head, c.head_dim).transpose(1, 2)
+        past = cache.get(self)  # keys and values of earlier calls, (B, H, S, D) each
+        if c.position == 'rotary':
+            start = past[0].size(2) if past else 0
+            q, k = rotate(q, start), rotate(k, start)
+        if past:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        cache[self] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1,
+                                           dropout_p=c.dropout * self.training)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+class MLP(nn.Module):
+    """Each token by itself: up to mlp_dim, an activation, down again."""
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.out = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.out(self.activation(self.up(x)))  # (B, T, C)
+
+class Block(nn.Module):
+    """Tokens exchange what they know, then each thinks it over; both add to the stream x."""
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
+        self.attention = SelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, idx, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), idx, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))  # (B, T, C)
+
+class GPT(nn.Module):
+    """Token ids (B, T) to logits (B, T, V): what comes next at each place. With n_layer=0 it is
+    the bigram model, a table of V x V logits that is the product of two."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.token = nn.Embedding(c.vocab_size, c.n_embd)
+        if c.n_layer and c.position == 'learned':
+            self.place = nn.Embedding(c.block_size, c.n_embd)
+        if c.n_layer and c.smear:
+            self.smear = nn.Parameter(torch.zeros(c.n_embd))
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # what writes into the stream, and the head, can begin at zero
+                zero = c.zero_init and name.endswith(('out.weight', 'head.weight'))
+                nn.init.normal_(p, std=0.0 if zero else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+        if c.tied:
+            self.head.weight = self.token.weight
+
+    def hidden(self, idx, cache):
+        """What the head reads, (B, T, C). The cache, {} at first, keeps what a next call, with
+        the tokens that follow, need not compute again."""
+        c, x, t = self.config, self.token(idx), cache.get('length', 0)
+        if c.n_layer == 0:
+            return x
+        last, cache['last'], cache['length'] = cache.get('last'), x[:, -1:], t + idx.size(1)
+        if c.smear:  # of each channel, a share of the token before
+            last = torch.zeros_like(x[:, :1]) if last is None else last
+            x = x + self.smear * torch.cat((last, x[:, :-1]), dim=1)
+        if c.position == 'learned':
+            x = x + self.place.weight[t:t + idx.size(1)]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, idx, cache)
+        return self.norm(x)
+
+    def forward(self, idx):
+        return self.head(self.hidden(idx, {}))
+
+# -- Generation -----------------------------------------------------------------------------------
+
+def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
+    top_k keeps the k likeliest tokens (0: all), top_p the fewest that have that much probability
+    together (nucleus sampling, arXiv:1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    p, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    p[:, top_k or p.size(-1):] = 0
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # those before it have enough
+    return token.gather(1, torch.multinomial(p, 1, generator=generator))
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, **how):
+    """Yield the tokens (B,) that follow idx (B, T >= 1), one after another; `how`: next_token's.
+
+    Beyond block_size it starts again from the last half of what it sees: exact for every kind of
+    position, and on average a token costs the same however long the text.
+    """
+    window, cache = model.config.block_size, {}
+    seen = new = idx[:, -window:]
+    for _ in range(max_new_tokens):
+        if cache.get('length', 0) + new.size(1) > window:
+            new, cache = seen[:, -max(1, window // 2):], {}
+        new = next_token(model.head(model.hidden(new, cache)[:, -1]), **how)  # (B, 1)
+        seen = torch.cat((seen, new), dim=1)[:, -window:]
+        yield new[:, 0]
+
+# -- The optimizer --------------------------------------------------------------------------------
+
+def orthogonalize(G, steps=5):
+    """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
+
+    X <- a X + b X X^T X + c (X X^T)^2 X takes each singular value s to a s + b s^3 + c s^5. With
+    these a, b, c (found by trying; Jordan et al. 2024, kellerjordan.github.io/posts/muon) five
+    steps bring all but the smallest near 1, between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.mT if G.size(-2) > G.size(-1) else G  # so that X X^T is the smaller product
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.size(-2) > G.size(-1) else X
+
+class Muon(torch.optim.Optimizer):
+    """For matrices W (n, m) with gradient G: the momentum, orthogonalized.
+
+    M <- mu M + (1 - mu) G,   W <- W - lr sqrt(max(1, n/m)) orthogonalize(mu M + (1 - mu) G)
+    """
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, mu, stacks = group['lr'], group['momentum'], defaultdict(list)
+            for W in group['params']:
+                M = self.state[W].setdefault('M', torch.zeros_like(W)).lerp_(W.grad, 1 - mu)
+                stacks[W.shape].append((W, W.grad.lerp(M, mu)))
+            for (n, m), stack in stacks.items():  # matrices of one shape go through as one stack
+                weights, momenta = zip(*stack)
+                for W, X in zip(weights, orthogonalize(torch.stack(momenta))):
+                    W.add_(X, alpha=-lr * max(1, n / m) ** 0.5)
+
+# == What the scripts share and what isn't mathematics ============================================
+
+def fail(message):
+    """End with one line that says what to do."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+def override(settings):
+    """Let the command line set a script's globals, of which only the settings have been assigned
+    so far: --name=value, --name value, --help. Returns the settings as a dict."""
+    def boolean(text):
+        return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
+    with open(settings['__file__'], encoding='utf-8') as file:
+        comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f'{message}; --help lists the settings')
+    for name, value in list(settings.items()):
+        if name[0].islower() and type(value) in (bool, int, float, str):
+            parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                                type=boolean if type(value) is bool else type(value),
+                                help=comments.get(name, '').replace('%', '%%'))
+    config = vars(parser.parse_args())
+    settings.update(config)
+    return config
+
+def limit(config, **limits):
+    """Each setting named within a pair of numbers, or in a list of words."""
+    for name, allowed in limits.items():
+        value, between = config[name], isinstance(allowed, tuple)
+        if not (allowed[0] <= value <= allowed[1] if between else value in allowed):
+            wanted = '{} to {}'.format(*allowed) if between else ', '.join(allowed)
+            fail(f'--{name}={value}: must be {wanted}')
+
+def pick_device(name):
+    """auto takes cuda, else mps, else cpu."""
+    if name == 'auto':
+        mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, RuntimeError):
+        fail(f'--device={name} is not available here; try --device=auto')
+
+def write(path, data):
+    """Replace a file by bytes: whole, or not at all."""
+    with open(f'{path}.tmp', 'wb') as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.tmp', path)
+
+def save(path, model, tokenizer, **more):
+    """Write a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
+    file = io.BytesIO()
+    torch.save(dict(version=1, config=vars(model.config), model=model.state_dict(),
+                    tokenizer=[tokenizer.kind, tokenizer.learned], **more), file)
+    write(path, file.getbuffer())
+
+def load(path):
+    """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run, and
+    shapes are compared on a device without memory before any is taken."""
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if saved['version'] != 1:
+            raise ValueError(f'of version {saved["version"]}, where this program reads 1')
+        config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
+        with torch.device('meta'):
+            shapes = {name: w.shape for name, w in GPT(config).state_dict().items()}
+        if shapes != {name: w.shape for name, w in saved['model'].items()}:
+            raise ValueError('its weights are not those of its model')
+        model = GPT(config)
+        model.load_state_dict(saved['model'])
+        return model, TOKENIZERS[kind](learned), saved
+    except Exception as error:  # whatever a file that is missing, damaged or hostile may cause
+        fail(f'{path}: no checkpoint that can be read ({str(error)[:200].splitlines()[0]})')

@@ -1,0 +1,320 @@
+"""
+Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what train.py reads.
+
+    python prepare.py                                    the papers of papers/
+    python prepare.py --source=FOLDER --dataset=NAME     your own: .tex, .zip, .tar.gz, arXiv's .gz
+"""
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import re
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from array import array
+
+from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override, write
+import torch
+from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
+
+# -------------------------------------------------------------------------------------------------
+source = 'papers'  # a file, a folder with all that is in it, or an archive
+dataset = 'papers'  # the name of the data set
+data_dir = 'data'  # the folder of data sets
+tokenizer = 'bpe'  # bpe, word or char
+vocab_size = 2048  # the most tokens that are learned
+val_fraction = 0.1  # the share of the characters, the last ones, that is kept for validation
+tokenizer_from = ''  # a checkpoint whose tokenizer is taken instead, for finetuning it
+# -------------------------------------------------------------------------------------------------
+config = override(globals())
+limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fraction=(0.001, 0.9))
+
+MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
+sources = []  # what became of each file
+
+
+def show(name):
+    """A file's name on one line, whatever is in it."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def note(path, status, before=0, after=0, why=''):
+    sources.append(dict(path=show(path), status=status, characters_before=before,
+                        characters_after=after, why=why))
+    if sys.stdout.isatty():
+        print(f'\r{len(sources)} files', end='', flush=True)
+
+
+# ------------------------------------------------------------------------------------- finding it
+
+def is_latex(name):
+    return name.lower().endswith(('.tex', '.ltx', '.latex'))
+
+
+def files(top):
+    """The paths of all files in a folder and its folders, sorted. Links are not followed."""
+    found, folders = [], [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            for entry in os.scandir(folder):
+                if entry.is_symlink():
+                    if is_latex(entry.name):
+                        note(entry.path, 'skipped', why='a link: name what it leads to as --source')
+                elif entry.is_dir():
+                    folders.append(entry.path)
+                elif entry.is_file():
+                    found.append(entry.path)
+        except OSError as error:
+            note(folder, 'skipped', why=error.strerror)
+    return sorted(found)
+
+
+class Capped:
+    """A file that ends in an error rather than being larger than WHOLE."""
+
+    def __init__(self, file):
+        self.file, self.left = file, WHOLE
+
+    def read(self, size):
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f'it unpacks to more than {WHOLE >> 20} MB')
+        return data
+
+
+def unpack(path, file, depth=0):
+    """Yield (path, bytes) of the LaTeX in an open file: of itself or, by its first bytes and not
+    by its name, of what a zip, a tar or a gzip holds. Nothing is written."""
+    head = file.read(512)
+    file.seek(0)
+    try:
+        if depth > 3:
+            raise ValueError('archives within archives within archives')
+        if head[:2] == b'\x1f\x8b':
+            inside = gzip.GzipFile(fileobj=file)
+            if is_tar(inside.read(512)):
+                inside.seek(0)
+                yield from untar(path, inside, depth)
+            else:
+                inside.seek(0)
+                data = inside.read(MEMBER + 1)
+                yield from unpack(re.sub(r'\.gz$', '', path), io.BytesIO(data), depth + 1)
+        elif head[:4] == b'PK\x03\x04':
+            left = WHOLE
+            with zipfile.ZipFile(file) as archive:
+                for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                    name, left = f'{path}/{member.filename}', left - member.file_size
+                    if left < 0:
+                        raise ValueError(f'it unpacks to more than {WHOLE >> 20} MB')
+                    if member.flag_bits & 1:
+                        note(name, 'skipped', why='encrypted')
+                    elif not member.is_dir() and wanted(name):
+                        with archive.open(member) as inside:
+                            yield from unpack(name, io.BytesIO(inside.read(MEMBER + 1)), depth + 1)
+        elif is_tar(head):
+            yield from untar(path, file, depth)
+        elif is_latex(path) or depth and re.search(rb'\\(documentclass|documentstyle|begin)', head):
+            data = file.read(MEMBER + 1)
+            if len(data) > MEMBER:
+                raise ValueError(f'it is larger than {MEMBER >> 20} MB')
+            yield path, data
+    except Exception as error:  # whatever a damaged archive may cause
+        note(path, 'skipped', why=f'{error}' or type(error).__name__)
+
+
+def is_tar(head):
+    try:
+        return bool(tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape'))
+    except tarfile.HeaderError:
+        return False
+
+
+def untar(path, file, depth):
+    """The members of a tar, which is read from its beginning to its end."""
+    members = []
+    with tarfile.open(fileobj=Capped(file), mode='r|') as archive:
+        for member in archive:
+            name = f'{path}/{member.name}'
+            if member.isfile() and wanted(name):
+                data = archive.extractfile(member).read(MEMBER + 1)
+                members += unpack(name, io.BytesIO(data), depth + 1)
+    yield from sorted(members)
+
+
+def wanted(name):
+    """LaTeX, an archive, or a name without an ending, as arXiv gives."""
+    return is_latex(name) or bool(re.search(r'\.(zip|tar|t?gz)$|/[^/.]*$|/[\d.]+(v\d+)?$', name))
+
+
+def documents():
+    """Yield (path, bytes) of every LaTeX file of the source."""
+    for path in files(source) if os.path.isdir(source) else [source]:
+        if wanted('/' + os.path.basename(path)) or path == source:
+            try:
+                with open(path, 'rb') as file:
+                    yield from unpack(path, file)
+            except OSError as error:
+                note(path, 'skipped', why=error.strerror)
+
+
+# ------------------------------------------------------------------------------------- reading it
+
+def decode(data):
+    """Bytes to text: by its mark, as UTF-8, as its inputenc says, as latin-1."""
+    for mark, codec in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
+                        (codecs.BOM_UTF16_BE, 'utf-16')):
+        if data.startswith(mark):
+            return data.decode(codec, 'replace')
+    declared = re.search(rb'\\usepackage\s*\[([\w-]+)\]\s*\{inputenc\}', data)
+    declared = declared.group(1).decode() if declared else 'latin-1'
+    codec = {'ansinew': 'cp1252', 'applemac': 'mac-roman'}.get(declared, declared)
+    for codec, errors in (('utf-8', 'strict'), (codec, 'replace'), ('latin-1', 'replace')):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            return data.decode(codec, errors)
+
+
+def clean(text):
+    """Take out comments and what never prints: (text, why the cleaner couldn't, if it couldn't).
+
+    The cleaner drops what follows \\end{document}, so a file of several papers goes through it
+    paper by paper.
+    """
+    ends = [match.end() for match in re.finditer(r'\\end\{document\}.*\n?', text)]
+    out, why = [], ''
+    for start, end in zip([0, *ends], [*ends, len(text)]):
+        if text[start:end].strip():
+            try:
+                out.append(run_cleaner(text[start:end]))
+            except (Exception, RecursionError) as error:
+                out.append(re.sub(r'(?<!\\)((?:\\\\)*)%.*', r'\1%', text[start:end]))
+                why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
+    text = ''.join(out)
+    # A % that is left at the end of a line takes the line end and the next indentation with it,
+    # as in TeX; before a blank line, the paragraph's end stays.
+    text = re.sub(r'(?<!\\)((?:\\\\)*)%[ \t]*\n(?:[ \t]*(\n)|[ \t]*)', r'\1\2\2', text)
+    return re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text), why
+
+
+def run_cleaner(text):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        os.mkdir(os.path.join(folder, 'in'))
+        with open(os.path.join(folder, 'in', 'paper.tex'), 'w', encoding='utf-8') as file:
+            file.write(text)
+        run_arxiv_cleaner(dict(
+            input_folder=os.path.join(folder, 'in'), keep_bib=False, commands_to_delete=[],
+            images_allowlist={}, im_size=500, pdf_im_resolution=500, resize_images=False,
+            compress_pdf=False))
+        with open(os.path.join(folder, 'in_arXiv', 'paper.tex'), encoding='utf-8') as file:
+            return file.read()
+
+
+def without_repeats(text, seen):
+    """Drop each paragraph of 100 characters or more that has been seen before."""
+    kept = []
+    for paragraph in text.split('\n\n'):
+        if len(paragraph) < 100 or paragraph not in seen:
+            kept.append(paragraph)
+            seen.add(paragraph)
+    return '\n\n'.join(kept)
+
+
+def yardsticks(train, val, V, characters):
+    """Bits per character of the validation part under three models that were counted on the
+    training part, one being added to each count: p(b) = (n_b + 1) / (N + V), p(b | a) =
+    (n_ab + 1) / (n_a + V), and 1 / V."""
+    def counts(ids, of):
+        values, n = ids.unique(return_counts=True)
+        at = torch.searchsorted(values, of).clamp(max=len(values) - 1)
+        return torch.where(values[at] == of, n[at], 0).double()
+    bits = val.numel() / characters  # tokens a character
+    unigram = (counts(train, val) + 1) / (len(train) + V)
+    pairs = counts(train[:-1] * V + train[1:], val[:-1] * V + val[1:])
+    bigram = (pairs + 1) / (counts(train[:-1], val[:-1]) + V)
+    return {'uniform': bits * math.log2(V), 'unigram': -bits * unigram.log2().mean().item(),
+            'bigram': -bits * bigram.log2().mean().item()}
+
+
+# -------------------------------------------------------------------------------------- the script
+
+if not os.path.exists(source):
+    fail(f'--source={show(source)}: there is no such file or folder')
+texts, seen = [], set()
+for path, data in documents():
+    if b'\0' in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        note(path, 'skipped', why='not a text')
+        continue
+    text = re.sub('\r\n?', '\n', decode(data))
+    cleaned, why = clean(text)
+    cleaned = without_repeats(cleaned, seen)
+    if cleaned.strip():
+        texts.append(cleaned)
+        note(path, 'stripped' if why else 'cleaned', len(text), len(cleaned), why)
+    else:
+        note(path, 'skipped', len(text), why='nothing is left of it')
+text = '\n'.join(texts)
+if not text:
+    why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
+    fail(f'--source={show(source)}: no LaTeX found{why}')
+cut = len(text) - int(len(text) * val_fraction)
+parts = {'train': text[:cut], 'val': text[cut:]}
+
+print(f'\rlearning tokens from {cut:,} characters ...', flush=True)
+if tokenizer_from:
+    _, tokens, _ = load(tokenizer_from)
+else:
+    tokens = TOKENIZERS[tokenizer].learn(parts['train'], vocab_size if tokenizer != 'char' else MAX_VOCAB)
+V = len(tokens.tokens)
+meta = dict(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V)
+ids = {}
+for name, part in parts.items():
+    ids[name] = array('H', tokens.encode(part))
+    meta[name] = dict(characters=len(part), bytes=len(part.encode('utf-8', 'replace')),
+                      tokens=len(ids[name]), crc32=zlib.crc32(ids[name]))
+    if len(ids[name]) < 3:
+        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
+             'more papers are needed, or another --val_fraction')
+as_tensor = {name: torch.frombuffer(part, dtype=torch.int16).long() & 0xffff
+             for name, part in ids.items()}
+meta['yardsticks'] = yardsticks(as_tensor['train'], as_tensor['val'], V, len(parts['val']))
+meta['sources'] = sources
+
+folder = os.path.join(data_dir, dataset)
+try:
+    os.makedirs(folder, exist_ok=True)
+    for name, part in ids.items():
+        if sys.byteorder == 'big':
+            part.byteswap()
+        write(os.path.join(folder, f'{name}.bin'), part)
+    write(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=1).encode())
+except OSError as error:
+    fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+
+count = {status: [row for row in sources if row['status'] == status]
+         for status in ('cleaned', 'stripped', 'skipped')}
+for status in ('stripped', 'skipped'):
+    for row in count[status][:10]:
+        print(f'  {status}: {row["path"]} ({row["why"]})')
+    if len(count[status]) > 10:
+        print(f'  {status}: {len(count[status]) - 10} more, all in {folder}/meta.json')
+before = sum(row['characters_before'] for row in sources)
+every = sum(part['tokens'] for part in (meta['train'], meta['val']))
+unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
+print(f"""read         {len(texts)} files, {len(count['skipped'])} skipped
+characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
+begins       {text[:60]!r}
+tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token
+split        {meta['train']['tokens']:,} to train, {meta['val']['tokens']:,} to validate""")
+if unknown:
+    print(f'unknown      {unknown:,} tokens stand for what the tokenizer does not know')
+print('to be beaten ' + ', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())
+      + ' bits per character')
+print(f'written      {folder}; next: python train.py'
+      + (f' --dataset={dataset}' if dataset != 'papers' else ''))

@@ -1,0 +1,344 @@
+"""
+Train a GPT on what prepare.py has written.
+
+    python train.py                                       a run of about three minutes
+    python train.py --dataset=NAME --max_minutes=10       as good as ten minutes make it
+    python train.py --init_from=resume                    go on where a run has stopped
+    python train.py --init_from=out/ckpt.pt --out_dir=mine --dataset=NAME    finetune
+    torchrun --nproc_per_node=2 train.py                  on two processes
+"""
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+
+from gpt import ACTIVATIONS, GPT, GPTConfig, Muon, TOKENIZERS
+from gpt import fail, generate, limit, load, override, pick_device, save, write
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+start = time.perf_counter()
+# -------------------------------------------------------------------------------------------------
+# where
+out_dir = 'out'  # the folder of the run
+data_dir = 'data'  # the folder of data sets
+dataset = 'papers'  # the data set
+init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
+# how long
+max_iters = 1000  # steps
+max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
+eval_interval = 100  # steps from one evaluation to the next
+# the batch of one step
+batch_size = 16  # blocks that go through the model at once
+gradient_accumulation_steps = 1  # as many times, one after the other
+block_size = 128  # tokens that the model sees at once (T)
+# the model
+n_layer = 2  # blocks, 0 for the bigram model
+n_head = 4  # heads of self-attention (H)
+n_embd = 128  # channels (C)
+head_dim = 0  # dimension of a head (D), 0 for n_embd / n_head
+mlp_dim = 0  # inner dimension of the MLP, 0 for 4 n_embd
+dropout = 0.0  # share of channels that are left out at random
+position = 'rotary'  # rotary, learned or none
+norm_weights = False  # weights and biases in layer normalization
+activation = 'relu2'  # relu2, relu or gelu
+bias = False  # biases in linear maps
+tied = False  # one table for tokens and head
+value_embeddings = True  # a table for the values of each layer
+smear = True  # a share of the token before added to each
+zero_init = True  # output projections and head begin at zero
+# the optimizer
+optimizer = 'muon'  # muon (for matrices, adamw for the rest) or adamw
+learning_rate = 0.02  # of adamw
+matrix_rate = 0.02  # of muon
+table_rate = 0.2  # of embeddings, beside muon
+beta1 = 0.8  # adamw's momentum
+beta2 = 0.99  # adamw's memory of squares
+weight_decay = 0.0  # adamw's
+grad_clip = 0.0  # the largest norm of the gradient, 0 for any
+warmup_iters = 10  # steps in which the rates rise to their value
+decay_lr = True  # let the rates fall to 0 in a line
+# the machine
+seed = 1337  # what step i does depends on the seed and i alone
+device = 'auto'  # auto, cpu, cuda, mps
+threads = 0  # 0 measures how many are fastest here
+compile = False  # torch.compile
+# -------------------------------------------------------------------------------------------------
+config = override(globals())
+if init_from == 'resume':  # the settings of the run, and then the command line once more
+    model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
+    globals().update({name: saved['settings'].get(name, config[name]) for name in config
+                      if name not in ('out_dir', 'init_from')})
+    config = override(globals())
+    for name in config:
+        if name not in ('out_dir', 'data_dir', 'init_from', 'max_iters', 'max_minutes', 'device',
+                        'eval_interval', 'threads') and config[name] != saved['settings'][name]:
+            fail(f'--{name}={config[name]}: this run has {saved["settings"][name]}, to the end')
+limit(config, max_iters=(0, 10**9), max_minutes=(0, 10**6), eval_interval=(1, 10**9),
+      batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), block_size=(1, 2**16),
+      n_layer=(0, 1000), n_head=(1, 1000), n_embd=(1, 2**16), head_dim=(0, 2**14),
+      mlp_dim=(0, 2**18), dropout=(0, 0.99), position=['rotary', 'learned', 'none'],
+      activation=list(ACTIVATIONS), optimizer=['muon', 'adamw'], learning_rate=(0, 10),
+      matrix_rate=(0, 10), table_rate=(0, 10), beta1=(0, 0.9999), beta2=(0, 0.999999),
+      weight_decay=(0, 10), grad_clip=(0, 10**6), warmup_iters=(0, 10**9), seed=(0, 2**31),
+      threads=(0, 1024))
+if head_dim == 0 and n_embd % n_head:
+    fail(f'--n_embd={n_embd} does not divide into --n_head={n_head} heads; or set --head_dim')
+if position == 'rotary' and (head_dim or n_embd // n_head) % 2:
+    fail('rotary positions turn planes: --head_dim must be even (or --position=learned)')
+
+# one process, or one of several that torchrun has started
+START = time.perf_counter()
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if world > 1 and torch.cuda.is_available()
+                     else device)
+if batch_size % world:
+    fail(f'--batch_size={batch_size} does not divide into {world} processes')
+if world > 1:
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
+torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
+
+# ------------------------------------------------------------------------------------------ data
+
+def read(name):
+    """The tokens of a part, mapped from disk: (N,) int16, whose bits are those of uint16."""
+    path, part, crc = os.path.join(folder, f'{name}.bin'), meta[name], 0
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    if crc != part['crc32'] or os.path.getsize(path) != 2 * part['tokens']:
+        fail(f'{path} and meta.json are not of one data set; {again}')
+    if part['tokens'] <= block_size:
+        fail(f'{path} has {part["tokens"]} tokens, too few for --block_size={block_size}')
+    return torch.from_file(path, size=part['tokens'], dtype=torch.int16)
+
+def blocks(ids, at):
+    """Blocks that begin at `at` (B,) and what follows each of their tokens: (B, T) twice."""
+    both = ids[at[:, None] + torch.arange(block_size + 1)].long() & 0xffff  # (B, T + 1)
+    both = both.to(device)
+    return both[:, :-1], both[:, 1:]
+
+def get_batch(i):
+    """Step i's blocks: those of this process, as one (B, T) pair for each accumulation step."""
+    chance = torch.Generator().manual_seed(seed * 2**32 + i)
+    at = torch.randint(len(train) - block_size, (gradient_accumulation_steps, batch_size),
+                       generator=chance)
+    return [blocks(train, row[rank::world]) for row in at]
+
+folder = os.path.join(data_dir, dataset)
+again = f'prepare it (again): python prepare.py --source=... --dataset={dataset}'
+try:
+    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)
+    V, learned = meta['vocab_size'], meta['tokenizer']
+    train, val = read('train'), read('val')
+except (OSError, ValueError, KeyError, TypeError) as error:
+    fail(f'{folder}: no data set that can be read ({error}); {again}')
+
+# ----------------------------------------------------------------------------------------- model
+
+if init_from == 'scratch':
+    torch.manual_seed(seed)
+    tokenizer = TOKENIZERS[learned['kind']](learned['learned'])
+    shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+    model, saved = GPT(GPTConfig(V, **shape)), {}
+elif init_from != 'resume':
+    model, tokenizer, saved = load(init_from)
+    saved, block_size = {}, model.config.block_size
+if learned != {'kind': tokenizer.kind, 'learned': tokenizer.learned}:
+    fail(f'{folder} was made with another tokenizer than the model; '
+         f'{again} --tokenizer_from={init_from}')
+model.to(device)
+
+tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+matrices = [w for name, w in model.blocks.named_parameters() if w.dim() == 2 and 'value' not in name]
+rest = [w for w in model.parameters() if not any(w is other for other in tables + matrices)]
+optimizers = [torch.optim.AdamW(
+    [dict(params=rest, lr=learning_rate),
+     dict(params=tables, lr=table_rate if optimizer == 'muon' else learning_rate),
+     dict(params=[] if optimizer == 'muon' else matrices, lr=learning_rate)],
+    betas=(beta1, beta2), weight_decay=weight_decay)]
+if optimizer == 'muon' and matrices:
+    optimizers.append(Muon(matrices, lr=matrix_rate))
+for one, state in zip(optimizers, saved.get('optimizers', [])):
+    one.load_state_dict(state)
+rates = [(group, group.setdefault('rate', group['lr'])) for one in optimizers
+         for group in one.param_groups]
+parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+net = torch.compile(parallel) if compile else parallel
+
+def loss_of(x, y, reduction='mean'):
+    """Cross-entropy in nats: -log of the probability given to what does come next."""
+    with autocast:
+        return F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction=reduction)
+
+@torch.inference_mode()
+def evaluate(share):
+    """Loss over the validation part, nats a token, block by block; or over a share of the blocks,
+    evenly spaced."""
+    model.eval()
+    at = torch.arange(0, len(val) - block_size, block_size)
+    at = at[torch.arange(0, len(at), max(1, 1 / share)).long()]
+    total = torch.zeros(2, dtype=torch.float64)
+    for some in at[rank::world].split(max(1, 2048 // block_size)):
+        x, y = blocks(val, some)
+        total += torch.tensor([loss_of(x, y, 'sum').item(), y.numel()])
+    rest = val[at[-1] + block_size:].long() & 0xffff  # less than a block
+    if share == 1 and rank == 0 and len(rest) > 1:
+        rest = rest.to(device)[None]
+        total += torch.tensor([loss_of(rest[:, :-1], rest[:, 1:], 'sum').item(), len(rest[0]) - 1])
+    if world > 1:
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+# ----------------------------------------------------------------------------------------- speed
+
+def measure():
+    """How many threads are fastest here, and the tokens a second that they train."""
+    x, y = blocks(train, torch.arange(max(1, batch_size // world)) % (len(train) - block_size))
+    cores, best = max(1, (os.cpu_count() or 1) // world), (0, 0)
+    for n in [threads] if threads else sorted({1, 2, cores // 2, cores} - {0}):
+        if n <= cores or n == threads:
+            torch.set_num_threads(n)
+            for _ in range(3):  # the first is for warming up
+                began = time.perf_counter()
+                F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+                best = max(best, (world * x.numel() / (time.perf_counter() - began), n))
+    model.zero_grad()
+    return best
+
+threads = saved.get('threads', threads)
+speed, threads = measure()
+torch.set_num_threads(threads)
+
+# What evaluations may take: of what is trained between two, or in the whole run, a fifth as many
+# tokens, for a token that is only read costs a third of one that is learned from.
+step_tokens = batch_size * gradient_accumulation_steps * block_size
+budget = 60 * max_minutes or math.inf
+all_tokens = min(max_iters * step_tokens if budget == math.inf else math.inf, budget * speed)
+last_share = min(1, max(2**13, 0.25 * all_tokens) / len(val))
+share = min(1, max(2**13, min(0.2 * eval_interval * step_tokens, 0.05 * all_tokens)) / len(val))
+budget -= len(val) * (share + last_share) / speed / 2.5
+
+# ------------------------------------------------------------------------------------------ loop
+
+def clock():
+    """Seconds that the run has taken, those before it was resumed included."""
+    return saved.get('seconds', 0) + time.perf_counter() - START
+
+def schedule(i, progress):
+    """The share of its rate that each group learns with in step i: up to 1 in a few steps, then
+    down in a line to 0."""
+    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - progress if decay_lr else 1)
+
+def keep(name):
+    save(os.path.join(out_dir, name), model, tokenizer, settings=config, step=i, log=log,
+         losses=losses, best=best, seconds=clock(), threads=threads,
+         optimizers=[one.state_dict() for one in optimizers])
+
+def minutes(seconds):
+    return f'{int(seconds) // 60}m{int(seconds) % 60:02d}s'
+
+def report(last):
+    """Evaluate, print, keep the best model and the newest state."""
+    global best
+    val_loss = evaluate(share)
+    better = val_loss < best
+    best = min(best, val_loss)
+    if last and last_share > share:
+        val_loss = evaluate(last_share)
+    if rank == 0:
+        bits = val_loss / math.log(2) * len(val) / meta['val']['characters']
+        train_loss = sum(losses) / max(1, len(losses))
+        log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits, rate])
+        part = last_share if last else share
+        print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {bits:.2f} bits/char, '
+              f'{speed:.0f} tok/s, {minutes(left)} left'
+              + (f' (on {part:.0%} of the validation part)' if part < 1 else ''), flush=True)
+        prompt = torch.tensor([tokenizer.encode('\n')], device=device)
+        chance = torch.Generator(device).manual_seed(seed)
+        model.eval()
+        ids = (int(new) for new in generate(model, prompt, 40, generator=chance))
+        print('    ' + ''.join(tokenizer.stream(ids)).replace('\n', '\n    '), flush=True)
+        model.train()
+        if better:
+            keep('ckpt.pt')
+        losses.clear()
+        keep('last.pt')
+        rows = io.StringIO()
+        csv.writer(rows).writerows([COLUMNS, *log])
+        write(os.path.join(out_dir, 'log.csv'), rows.getvalue().encode())
+
+def on_signal(number, frame):
+    global stopping
+    if stopping:
+        os._exit(128 + number)
+    stopping = number
+
+COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
+i, best, log, losses = [saved.get(name, value) for name, value in
+                        (('step', 0), ('best', math.inf), ('log', []), ('losses', []))]
+stopping, rate, left = 0, 0.0, 0.0
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+
+if rank == 0 and init_from != 'resume':
+    if any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'ckpt.pt')):
+        n = next(n for n in range(1, 10**6) if not os.path.exists(f'{out_dir}.{n}'))
+        os.rename(out_dir, f'{out_dir}.{n}')
+        print(f'the run in {out_dir} is now in {out_dir}.{n}')
+    os.makedirs(out_dir, exist_ok=True)
+if rank == 0:
+    print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to train, {step_tokens:,} a step, '
+          f'{device}, {threads} thread{"s" * (threads > 1)}')
+    if init_from == 'resume':
+        print(f'resumed at step {i}')
+
+while True:
+    progress = i / max_iters if max_iters else 1 if budget == math.inf else clock() / budget
+    last = progress >= 1
+    if (last or i % eval_interval == 0) and not (log and log[-1][0] == i):
+        report(last)
+    if last or stopping:
+        break
+    began = time.perf_counter()
+    share_of_rate = schedule(i, progress)
+    for group, full in rates:
+        group['lr'] = full * share_of_rate
+    rate = rates[0][0]['lr']
+    torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
+    for x, y in get_batch(i):
+        loss = loss_of(x, y) / gradient_accumulation_steps
+        loss.backward()
+    if grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for one in optimizers:
+        one.step()
+        one.zero_grad()
+    losses.append(loss.item())
+    i += 1
+    speed += (step_tokens / (time.perf_counter() - began) - speed) / 20
+    left = (max_iters - i) * step_tokens / speed if budget == math.inf else budget - clock()
+    if rank == 0 and sys.stdout.isatty():
+        print(f'\rstep {i}: loss {losses[-1]:.3f}, {minutes(left)} left ', end='', flush=True)
+
+if rank == 0:
+    if stopping:
+        keep('last.pt')
+        print(f'\nstopped and saved at step {i}; to go on: python train.py --init_from=resume '
+              f'--out_dir={out_dir}')
+    else:
+        print(f'best validation loss {best:.4f}; python sample.py --out_dir={out_dir} writes')
+if world > 1:
+    dist.destroy_process_group()
+sys.exit(128 + stopping if stopping else 0)
