@@ -125,14 +125,14 @@ class BPETokenizer(CharTokenizer):
                 break
             merges.append([ord(token) for token in best])
             for w in where.pop(best):
-                for pair in pairs(words[w]):
-                    total[pair] -= times[w]
-                    if not total[pair]:
-                        del total[pair]
-                words[w] = words[w].replace(best, chr(255 + len(merges)))
+                old, words[w] = words[w], words[w].replace(best, chr(255 + len(merges)))
                 for pair in pairs(words[w]):
                     total[pair] += times[w]
                     where[pair].add(w)
+                for pair in pairs(old):
+                    total[pair] -= times[w]
+                    if not total[pair]:
+                        del total[pair]
         return cls(merges)
 
     def merge(self, piece):

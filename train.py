@@ -9,6 +9,7 @@ Train a GPT on what prepare.py has written.
 """
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -204,141 +205,146 @@ def evaluate(share):
 # ----------------------------------------------------------------------------------------- speed
 
 def measure():
-    """How many threads are fastest here, and the tokens a second that they train."""
-    x, y = blocks(train, torch.arange(max(1, batch_size // world)) % (len(train) - block_size))
-    cores, best = max(1, (os.cpu_count() or 1) // world), (0, 0)
-    for n in [threads] if threads else sorted({1, 2, cores // 2, cores} - {0}):
-        if n <= cores or n == threads:
-            torch.set_num_threads(n)
-            for _ in range(3):  # the first is for warming up
-                began = time.perf_counter()
-                F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-                best = max(best, (world * x.numel() / (time.perf_counter() - began), n))
+    """Try how many threads are fastest here: tokens a second, and threads."""
+    x, y = blocks(train, torch.arange(batch_size // world) % (len(train) - block_size))
+    cores, fastest = max(1, (os.cpu_count() or 1) // world), (0, 0)
+    for n in [threads] if threads else sorted({1, (cores + 1) // 2, cores}):
+        torch.set_num_threads(n)
+        for _ in range(3):  # the first is slow, whatever n
+            began = time.perf_counter()
+            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            fastest = max(fastest, (world * x.numel() / (time.perf_counter() - began), n))
     model.zero_grad()
-    return best
+    return fastest
 
 threads = saved.get('threads', threads)
 speed, threads = measure()
 torch.set_num_threads(threads)
 
-# What evaluations may take: of what is trained between two, or in the whole run, a fifth as many
-# tokens, for a token that is only read costs a third of one that is learned from.
+# Reading a token costs a third of learning from it. So that evaluations stay within a tenth of
+# the time, they take evenly spaced blocks where the validation part is large.
 step_tokens = batch_size * gradient_accumulation_steps * block_size
-budget = 60 * max_minutes or math.inf
-all_tokens = min(max_iters * step_tokens if budget == math.inf else math.inf, budget * speed)
-last_share = min(1, max(2**13, 0.25 * all_tokens) / len(val))
-share = min(1, max(2**13, min(0.2 * eval_interval * step_tokens, 0.05 * all_tokens)) / len(val))
-budget -= len(val) * (share + last_share) / speed / 2.5
+budget = 60 * max_minutes
+all_tokens = budget * speed if budget else max_iters * step_tokens
+share = min(1, max(2**13, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
+last_share = min(1, max(2**13, all_tokens / 4) / len(val))
+budget -= min(budget, (share + last_share) * len(val) / speed / 2)  # time for the last one
 
 # ------------------------------------------------------------------------------------------ loop
+
+def schedule(i, progress):
+    """The share of its rate with which step i is taken: up to 1, then down in a line to 0."""
+    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - progress if decay_lr else 1)
 
 def clock():
     """Seconds that the run has taken, those before it was resumed included."""
     return saved.get('seconds', 0) + time.perf_counter() - START
 
-def schedule(i, progress):
-    """The share of its rate that each group learns with in step i: up to 1 in a few steps, then
-    down in a line to 0."""
-    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - progress if decay_lr else 1)
+def time_left():
+    left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
+    return f'{left // 60:.0f}m{left % 60:02.0f}s left'
 
 def keep(name):
     save(os.path.join(out_dir, name), model, tokenizer, settings=config, step=i, log=log,
          losses=losses, best=best, seconds=clock(), threads=threads,
          optimizers=[one.state_dict() for one in optimizers])
 
-def minutes(seconds):
-    return f'{int(seconds) // 60}m{int(seconds) % 60:02d}s'
-
-def report(last):
-    """Evaluate, print, keep the best model and the newest state."""
+def report():
+    """Evaluate, print a line and a few words, keep the best model and the newest state."""
     global best
     val_loss = evaluate(share)
-    better = val_loss < best
-    best = min(best, val_loss)
+    better, best = val_loss < best, min(best, val_loss)
     if last and last_share > share:
         val_loss = evaluate(last_share)
-    if rank == 0:
-        bits = val_loss / math.log(2) * len(val) / meta['val']['characters']
-        train_loss = sum(losses) / max(1, len(losses))
-        log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits, rate])
-        part = last_share if last else share
-        print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {bits:.2f} bits/char, '
-              f'{speed:.0f} tok/s, {minutes(left)} left'
-              + (f' (on {part:.0%} of the validation part)' if part < 1 else ''), flush=True)
-        prompt = torch.tensor([tokenizer.encode('\n')], device=device)
-        chance = torch.Generator(device).manual_seed(seed)
-        model.eval()
-        ids = (int(new) for new in generate(model, prompt, 40, generator=chance))
-        print('    ' + ''.join(tokenizer.stream(ids)).replace('\n', '\n    '), flush=True)
-        model.train()
-        if better:
-            keep('ckpt.pt')
-        losses.clear()
-        keep('last.pt')
-        rows = io.StringIO()
-        csv.writer(rows).writerows([COLUMNS, *log])
-        write(os.path.join(out_dir, 'log.csv'), rows.getvalue().encode())
+    if rank:
+        return
+    part = last_share if last else share
+    bits = val_loss / math.log(2) * len(val) / meta['val']['characters']
+    train_loss = sum(losses) / len(losses) if losses else val_loss
+    log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
+                rates[0][0]['lr']])
+    print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {bits:.2f} bits/char, '
+          f'{speed:.0f} tok/s, {time_left()}'
+          + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
+    model.eval()
+    words = generate(model, torch.tensor([tokenizer.encode('\n')], device=device), 32,
+                     generator=torch.Generator(device).manual_seed(seed))
+    print('   ', ' '.join(''.join(tokenizer.stream(int(word) for word in words)).split()), flush=True)
+    model.train()
+    losses.clear()
+    if better:
+        keep('ckpt.pt')
+    keep('last.pt')
+    table = io.StringIO()
+    csv.writer(table).writerows([COLUMNS, *log])
+    write(os.path.join(out_dir, 'log.csv'), table.getvalue().encode())
 
 def on_signal(number, frame):
+    """The first time: end after this step. The second time: at once."""
     global stopping
     if stopping:
         os._exit(128 + number)
     stopping = number
 
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
-i, best, log, losses = [saved.get(name, value) for name, value in
-                        (('step', 0), ('best', math.inf), ('log', []), ('losses', []))]
-stopping, rate, left = 0, 0.0, 0.0
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-
+i, best, log, losses = [saved.get(name, first) for name, first in
+                        dict(step=0, best=math.inf, log=[], losses=[]).items()]
 if rank == 0 and init_from != 'resume':
     if any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'ckpt.pt')):
-        n = next(n for n in range(1, 10**6) if not os.path.exists(f'{out_dir}.{n}'))
+        n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
         os.rename(out_dir, f'{out_dir}.{n}')
-        print(f'the run in {out_dir} is now in {out_dir}.{n}')
+        print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
     os.makedirs(out_dir, exist_ok=True)
 if rank == 0:
-    print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to train, {step_tokens:,} a step, '
-          f'{device}, {threads} thread{"s" * (threads > 1)}')
-    if init_from == 'resume':
-        print(f'resumed at step {i}')
+    print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
+          f'{step_tokens:,} in a step; {device}, {threads} threads'
+          + (f'; resumed at step {i}' if i else ''))
 
+stopping = 0
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
 while True:
-    progress = i / max_iters if max_iters else 1 if budget == math.inf else clock() / budget
+    progress = min(1, clock() / budget) if budget else i / max_iters if max_iters else 1
+    if world > 1:  # all see the clock and the signals of all
+        both = torch.tensor([progress, stopping], dtype=torch.float64, device=device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        progress, stopping = both[0].item(), int(both[1])
     last = progress >= 1
     if (last or i % eval_interval == 0) and not (log and log[-1][0] == i):
-        report(last)
+        report()
     if last or stopping:
         break
+
     began = time.perf_counter()
-    share_of_rate = schedule(i, progress)
-    for group, full in rates:
-        group['lr'] = full * share_of_rate
-    rate = rates[0][0]['lr']
+    for group, rate in rates:
+        group['lr'] = rate * schedule(i, progress)
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
+    loss = 0
     for x, y in get_batch(i):
-        loss = loss_of(x, y) / gradient_accumulation_steps
-        loss.backward()
+        part = loss_of(x, y) / gradient_accumulation_steps
+        part.backward()
+        loss += part.detach()
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for one in optimizers:
         one.step()
         one.zero_grad()
+    if world > 1:
+        dist.all_reduce(loss)
+        loss /= world
     losses.append(loss.item())
     i += 1
-    speed += (step_tokens / (time.perf_counter() - began) - speed) / 20
-    left = (max_iters - i) * step_tokens / speed if budget == math.inf else budget - clock()
+    speed += (step_tokens / (time.perf_counter() - began) - speed) / min(i, 20)
     if rank == 0 and sys.stdout.isatty():
-        print(f'\rstep {i}: loss {losses[-1]:.3f}, {minutes(left)} left ', end='', flush=True)
+        print(f'\rstep {i}: loss {losses[-1]:.3f}, {speed:.0f} tok/s, {time_left()} ', end='', flush=True)
 
-if rank == 0:
-    if stopping:
-        keep('last.pt')
-        print(f'\nstopped and saved at step {i}; to go on: python train.py --init_from=resume '
-              f'--out_dir={out_dir}')
-    else:
-        print(f'best validation loss {best:.4f}; python sample.py --out_dir={out_dir} writes')
+if rank == 0 and stopping:
+    keep('last.pt')
+    print(f'\nstopped and saved at step {i}; to go on: '
+          f'python train.py --init_from=resume --out_dir={out_dir}')
+elif rank == 0:
+    print(f'finished; to see it write: python sample.py --out_dir={out_dir}')
 if world > 1:
     dist.destroy_process_group()
-sys.exit(128 + stopping if stopping else 0)
+if stopping:
+    sys.exit(128 + stopping)
