@@ -1,5 +1,4 @@
-"""
-A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
+"""A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
 
 Read it from top to bottom. One letter has one meaning throughout, and a comment such as
 (B, T, C) is the shape of what has just been computed:
@@ -10,17 +9,8 @@ Read it from top to bottom. One letter has one meaning throughout, and a comment
 
 [1] is Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762.
 """
-import argparse
-import codecs
-import functools
-import io
-import math
-import os
-import re
-import sys
-import warnings
+import argparse, codecs, functools, io, math, os, re, sys, warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # a waiting thread leaves its core to others
@@ -30,7 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # -- Tokens: a text becomes integers 0 ... V-1, and comes back from them --------------------------
-
 MAX_VOCAB = 2**16  # a token is stored in 16 bits
 UNKNOWN = '\ufffd'  # stands for what the char and the word tokenizer have not seen
 
@@ -84,9 +73,6 @@ class WordTokenizer(CharTokenizer):
     """One token a piece of LaTeX."""
     kind, cut = 'word', staticmethod(pieces)
 
-def pairs(word):
-    return map(''.join, zip(word, word[1:]))
-
 class BPETokenizer(CharTokenizer):
     """Byte pairs (arXiv:1508.07909): start from the 256 bytes, and again and again make a token
     of the most frequent pair of neighbours within a piece. Nothing is ever unknown.
@@ -95,54 +81,49 @@ class BPETokenizer(CharTokenizer):
     >>> t.tokens[256:], [t.decode([i]) for i in t.encode('aaabdaaabac')]
     ([b'aa', b'ab', b'aaab'], ['aaab', 'd', 'aaab', 'a', 'c'])
     """
-    kind = 'bpe'
+    kind = 'bpe'  # it works on strings in which chr(i) is token i, at first a byte
+    word = staticmethod(lambda piece: piece.encode('utf-8', 'replace').decode('latin-1'))
 
     def __init__(self, learned):
-        self.learned, self.pairs = learned, [chr(a) + chr(b) for a, b in learned]
-        self.ids = {pair: 256 + i for i, pair in enumerate(self.pairs)}
+        self.learned = learned
+        self.ids = {(chr(a), chr(b)): 256 + i for i, (a, b) in enumerate(learned)}
         self.tokens = [bytes([byte]) for byte in range(256)]
         for a, b in learned:
             self.tokens.append(self.tokens[a] + self.tokens[b])
         self.merge = functools.lru_cache(MAX_VOCAB)(self.merge)
-
-    @staticmethod
-    def word(piece):
-        """A piece as a string in which chr(i) is token i, at first a byte."""
-        return piece.encode('utf-8', 'replace').decode('latin-1')
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
         counts = Counter(map(cls.word, pieces(text)))
         words, times, merges = list(counts), list(counts.values()), []
         total, where = Counter(), defaultdict(set)  # of each pair: how often, in which words
-        for w, word in enumerate(words):
-            for pair in pairs(word):
-                total[pair] += times[w]
+        def add(w, sign):
+            for pair in zip(words[w], words[w][1:]):
+                total[pair] += sign * times[w]
                 where[pair].add(w)
+        for w in range(len(words)):
+            add(w, 1)
         while len(merges) < vocab_size - 256 and total:
             best = max(total, key=total.get)  # of equals the one seen first
             if total[best] < 2:
                 break
             merges.append([ord(token) for token in best])
             for w in where.pop(best):
-                old, words[w] = words[w], words[w].replace(best, chr(255 + len(merges)))
-                for pair in pairs(words[w]):
-                    total[pair] += times[w]
-                    where[pair].add(w)
-                for pair in pairs(old):
-                    total[pair] -= times[w]
-                    if not total[pair]:
-                        del total[pair]
+                add(w, -1)
+                words[w] = words[w].replace(''.join(best), chr(255 + len(merges)))
+                add(w, 1)
+            total = +total  # without the pairs that are gone
         return cls(merges)
 
     def merge(self, piece):
         """The ids of one piece: pairs merge in the order in which they were learned."""
         word = self.word(piece)
         while True:
-            first = min((self.ids[pair] for pair in pairs(word) if pair in self.ids), default=0)
-            if not first:
+            known = ((self.ids[p], p) for p in zip(word, word[1:]) if p in self.ids)
+            new, pair = min(known, default=(0, ''))
+            if not new:
                 return list(map(ord, word))
-            word = word.replace(self.pairs[first - 256], chr(first))
+            word = word.replace(''.join(pair), chr(new))
 
     def encode(self, text):
         return [i for piece in pieces(text) for i in self.merge(piece)]
@@ -150,9 +131,7 @@ class BPETokenizer(CharTokenizer):
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
 
 # -- The model ------------------------------------------------------------------------------------
-
-ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu,
-               'relu2': lambda x: F.relu(x).square()}  # So et al. 2021, arXiv:2109.08668
+ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
 
 @dataclass
 class GPTConfig:
@@ -184,11 +163,9 @@ class GPTConfig:
             return sum(p.numel() for p in GPT(self).parameters())
 
 def attention(q, k, v):
-    """Equation (1) of [1]: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, causal.
-
-    Each query takes the mean of the values of its past, weighted by how well their keys fit;
-    all are (B, H, T, D). This is for reading: the model runs torch's fused version of it.
-    """
+    """Equation (1) of [1]: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, causal. Each query
+    takes a mean of the values of its past, weighted by how well their keys fit. All (B, H, T, D).
+    It stands here to be read: the model runs torch's fused version."""
     T, D = q.shape[-2:]
     scores = q @ k.mT / math.sqrt(D)  # (B, H, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -231,7 +208,7 @@ class SelfAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class MLP(nn.Module):
-    """Each token by itself: up to mlp_dim, an activation, down again."""
+    """Each token by itself: up to mlp_dim, an activation (relu2: arXiv:2109.08668), down again."""
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
@@ -300,7 +277,6 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx, {}))
 
 # -- Generation -----------------------------------------------------------------------------------
-
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
     top_k keeps the k likeliest tokens (0: all), top_p the fewest that have that much probability
@@ -315,10 +291,8 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, **how):
     """Yield the tokens (B,) that follow idx (B, T >= 1), one after another; `how`: next_token's.
-
-    Beyond block_size it starts again from the last half of what it sees: exact for every kind of
-    position, and on average a token costs the same however long the text.
-    """
+    A full window starts again from its last half: exact for every kind of position, and on
+    average a token costs the same however long the text."""
     window, cache = model.config.block_size, {}
     seen = new = idx[:, -window:]
     for _ in range(max_new_tokens):
@@ -329,14 +303,11 @@ def generate(model, idx, max_new_tokens, **how):
         yield new[:, 0]
 
 # -- The optimizer --------------------------------------------------------------------------------
-
 def orthogonalize(G, steps=5):
     """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
-
     X <- a X + b X X^T X + c (X X^T)^2 X takes each singular value s to a s + b s^3 + c s^5. With
     these a, b, c (found by trying; Jordan et al. 2024, kellerjordan.github.io/posts/muon) five
-    steps bring all but the smallest near 1, between 0.7 and 1.2.
-    """
+    steps bring all but the smallest near 1, between 0.7 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.size(-2) > G.size(-1) else G  # so that X X^T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
@@ -366,7 +337,6 @@ class Muon(torch.optim.Optimizer):
                     W.add_(X, alpha=-lr * max(1, n / m) ** 0.5)
 
 # == What the scripts share and what isn't mathematics ============================================
-
 def fail(message):
     """End with one line that says what to do."""
     print(message, file=sys.stderr)
@@ -401,11 +371,10 @@ def limit(config, **limits):
 
 def pick_device(name):
     """auto takes cuda, else mps, else cpu."""
-    if name == 'auto':
-        mps = torch.backends.mps.is_available()
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    auto = ('cuda' if torch.cuda.is_available() else
+            'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=auto if name == 'auto' else name).device
     except (AssertionError, RuntimeError):
         fail(f'--device={name} is not available here; try --device=auto')
 
@@ -425,17 +394,14 @@ def save(path, model, tokenizer, **more):
     write(path, file.getbuffer())
 
 def load(path):
-    """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run, and
-    shapes are compared on a device without memory before any is taken."""
+    """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if saved['version'] != 1:
             raise ValueError(f'of version {saved["version"]}, where this program reads 1')
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
-        with torch.device('meta'):
-            shapes = {name: w.shape for name, w in GPT(config).state_dict().items()}
-        if shapes != {name: w.shape for name, w in saved['model'].items()}:
-            raise ValueError('its weights are not those of its model')
+        if 4 * config.n_params > os.path.getsize(path):
+            raise ValueError('it names a model that is larger than the file')
         model = GPT(config)
         model.load_state_dict(saved['model'])
         return model, TOKENIZERS[kind](learned), saved
