@@ -67,7 +67,8 @@ def pieces(text):
     >>> list(pieces('\\alpha_1 and $x$'))
     ['\\alpha', '_', '1', ' and', ' $', 'x', '$']
     """
-    return (match.group() for match in PIECE.finditer(text))
+    for start in range(0, len(text), 2**16):  # so that few of them are in memory
+        yield from PIECE.findall(text, start, start + 2**16)
 
 class WordTokenizer(CharTokenizer):
     """One token a piece of LaTeX."""
@@ -97,22 +98,25 @@ class BPETokenizer(CharTokenizer):
         counts = Counter(map(cls.word, pieces(text)))
         words, times, merges = list(counts), list(counts.values()), []
         total, where = Counter(), defaultdict(set)  # of each pair: how often, in which words
-        def add(w, sign):
+        def count(w):
             for pair in zip(words[w], words[w][1:]):
-                total[pair] += sign * times[w]
+                total[pair] += times[w]
                 where[pair].add(w)
         for w in range(len(words)):
-            add(w, 1)
+            count(w)
         while len(merges) < vocab_size - 256 and total:
             best = max(total, key=total.get)  # of equals the one seen first
             if total[best] < 2:
                 break
             merges.append([ord(token) for token in best])
             for w in where.pop(best):
-                add(w, -1)
-                words[w] = words[w].replace(''.join(best), chr(255 + len(merges)))
-                add(w, 1)
-            total = +total  # without the pairs that are gone
+                old = words[w]
+                words[w] = old.replace(''.join(best), chr(255 + len(merges)))
+                count(w)
+                for pair in zip(old, old[1:]):
+                    total[pair] -= times[w]
+                    if not total[pair]:
+                        del total[pair]
         return cls(merges)
 
     def merge(self, piece):

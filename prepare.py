@@ -37,6 +37,7 @@ limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fract
 
 MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
 sources = []  # what became of each file
+scratch = tempfile.TemporaryDirectory()  # where the cleaner works
 
 
 def show(name):
@@ -193,7 +194,7 @@ def clean(text):
         if text[start:end].strip():
             try:
                 out.append(run_cleaner(text[start:end]))
-            except (Exception, RecursionError) as error:
+            except Exception as error:
                 out.append(re.sub(r'(?<!\\)((?:\\\\)*)%.*', r'\1%', text[start:end]))
                 why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
     text = ''.join(out)
@@ -204,16 +205,17 @@ def clean(text):
 
 
 def run_cleaner(text):
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        os.mkdir(os.path.join(folder, 'in'))
-        with open(os.path.join(folder, 'in', 'paper.tex'), 'w', encoding='utf-8') as file:
-            file.write(text)
+    """The cleaner's public function, on one file in a folder by itself."""
+    folder = os.path.join(scratch.name, 'in')
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'paper.tex'), 'w', encoding='utf-8') as file:
+        file.write(text)
+    with contextlib.redirect_stderr(io.StringIO()):
         run_arxiv_cleaner(dict(
-            input_folder=os.path.join(folder, 'in'), keep_bib=False, commands_to_delete=[],
-            images_allowlist={}, im_size=500, pdf_im_resolution=500, resize_images=False,
-            compress_pdf=False))
-        with open(os.path.join(folder, 'in_arXiv', 'paper.tex'), encoding='utf-8') as file:
-            return file.read()
+            input_folder=folder, keep_bib=False, commands_to_delete=[], images_allowlist={},
+            im_size=500, pdf_im_resolution=500, resize_images=False, compress_pdf=False))
+    with open(os.path.join(scratch.name, 'in_arXiv', 'paper.tex'), encoding='utf-8') as file:
+        return file.read()
 
 
 def without_repeats(text, seen):
@@ -263,7 +265,7 @@ text = '\n'.join(texts)
 if not text:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
     fail(f'--source={show(source)}: no LaTeX found{why}')
-cut = len(text) - int(len(text) * val_fraction)
+cut = int(len(text) * (1 - val_fraction))  # as the original did
 parts = {'train': text[:cut], 'val': text[cut:]}
 
 print(f'\rlearning tokens from {cut:,} characters ...', flush=True)

@@ -283,8 +283,8 @@ def test_the_data_set_is_described_and_split(run, papers):
     with open('data/mine/meta.json') as file:
         meta = json.load(file)
     n = len(result.text)
-    assert meta['val']['characters'] == n // 10
-    assert meta['train']['characters'] == n - n // 10
+    assert meta['train']['characters'] == int(0.9 * n)
+    assert meta['val']['characters'] == n - int(0.9 * n)
     for name, text in result.parts.items():
         ids = torch.from_file(f'data/mine/{name}.bin', size=meta[name]['tokens'],
                               dtype=torch.int16).tolist()
