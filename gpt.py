@@ -6,8 +6,7 @@ Read it from top to bottom. One letter has one meaning throughout, and a comment
     B batch, texts read side by side      V vocabulary size
     T time, tokens of a text              H heads
     C channels, the width of the model    D dimension of a head, d_k in [1]
-
-[1] is Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762.
+[1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
 """
 import argparse, codecs, functools, io, math, os, re, sys, warnings
 from collections import Counter, defaultdict
@@ -129,7 +128,6 @@ class BPETokenizer(CharTokenizer):
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
 # -- The model ------------------------------------------------------------------------------------
 ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
-
 @dataclass
 class GPTConfig:
     vocab_size: int
@@ -163,19 +161,20 @@ def attention(q, k, v):
     """Equation (1) of [1]: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, causal. Each query
     takes a mean of the values of its past, weighted by how well their keys fit. All (B, H, T, D).
     It stands here to be read: the model runs torch's fused version."""
-    T, D = q.shape[-2:]
-    scores = q @ k.mT / math.sqrt(D)  # (B, H, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
     return weights @ v  # (B, H, T, D)
 
-def rotate(x, start=0, base=10_000):
-    """Turn x (B, H, T, D) at time t by the angle t / base^(2i/D) in the plane of coordinates i and
-    i + D/2, so that <q at s, k at t> knows s and t by s - t alone (RoFormer, arXiv:2104.09864)."""
-    T, D = x.shape[-2:]
-    frequency = base ** (-torch.arange(0, D, 2, device=x.device) / D)
-    angle = torch.outer(torch.arange(start, start + T, device=x.device), frequency)  # (T, D/2)
-    a, b, cos, sin = *x.chunk(2, dim=-1), angle.cos(), angle.sin()
+def rotation(T, D, base=10_000):
+    """cos and sin, (T, D/2) each, of the angles t / base^(2i/D) (RoFormer, arXiv:2104.09864)."""
+    angle = torch.outer(torch.arange(T), base ** (-torch.arange(0, D, 2) / D))
+    return angle.cos(), angle.sin()
+
+def rotate(x, cos, sin):
+    """Turn x (B, H, T, D) in the planes of coordinates i and i + D/2. Rotations keep inner
+    products, so that of q at time s and k at time t depends on s and t by s - t alone."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 class SelfAttention(nn.Module):
@@ -188,13 +187,13 @@ class SelfAttention(nn.Module):
         if config.value_embeddings:  # what a token says wherever it stands (arXiv:2410.17897)
             self.value = nn.Embedding(config.vocab_size, HD)
 
-    def forward(self, x, idx, cache):
+    def forward(self, x, idx, turn, cache):
         c, (B, T, _) = self.config, x.shape
         q, k, v = self.qkv(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
         if c.value_embeddings:
             v = v + self.value(idx).view(B, T, c.n_head, c.head_dim).transpose(1, 2)
         if c.position == 'rotary':
-            q, k = rotate(q, cache['length'] - T), rotate(k, cache['length'] - T)
+            q, k = rotate(q, *turn), rotate(k, *turn)
         if self in cache:  # keys and values of earlier calls come first, (B, H, S, D) each
             k, v = (torch.cat(both, dim=2) for both in zip(cache[self], (k, v)))
         cache[self] = k, v
@@ -223,8 +222,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, idx, cache):
-        x = x + self.dropout(self.attention(self.norm1(x), idx, cache))
+    def forward(self, x, idx, turn, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), idx, turn, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))  # (B, T, C)
 
 class GPT(nn.Module):
@@ -238,6 +237,8 @@ class GPT(nn.Module):
             self.place = nn.Embedding(c.block_size, c.n_embd)
         if c.n_layer and c.smear:
             self.smear = nn.Parameter(torch.zeros(c.n_embd))
+        turn = torch.stack(rotation(c.block_size, c.head_dim))  # (2, T, D/2)
+        self.register_buffer('turn', turn, persistent=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
@@ -253,17 +254,17 @@ class GPT(nn.Module):
     def hidden(self, idx, cache):
         """What the head reads, (B, T, C). The cache, {} at first, keeps what a next call, with
         the tokens that follow, need not compute again."""
-        c, x, t = self.config, self.token(idx), cache.get('length', 0)
+        c, T, x, t = self.config, idx.size(1), self.token(idx), cache.get('length', 0)
         if c.n_layer == 0:
             return x
-        cache['length'], last = t + idx.size(1), x[:, -1:]  # (B, 1, C)
+        cache['length'], last = t + T, x[:, -1:]  # (B, 1, C)
         if c.smear:  # of each channel, a share of the token before
             x = x + self.smear * torch.cat((cache.get('last', 0 * last), x[:, :-1]), dim=1)
             cache['last'] = last
         if c.position == 'learned':
-            x = x + self.place.weight[t:t + idx.size(1)]
+            x = x + self.place.weight[t:t + T]
         for block in self.blocks:
-            x = block(x, idx, cache)
+            x = block(x, idx, self.turn[:, t:t + T], cache)
         return self.norm(x)
 
     def forward(self, idx):
@@ -272,20 +273,20 @@ class GPT(nn.Module):
 # -- Generation -----------------------------------------------------------------------------------
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
-    top_k keeps the k likeliest tokens (0: all), top_p the fewest that have that much probability
-    together (nucleus sampling, arXiv:1904.09751)."""
+    top_k keeps the k likeliest (0: all), top_p the fewest that suffice (arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    p, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    p[:, top_k or p.size(-1):] = 0
-    p[p.cumsum(dim=-1) - p >= top_p] = 0  # those before it have enough
-    return token.gather(1, torch.multinomial(p, 1, generator=generator))
+    p = (logits.float() / temperature).softmax(dim=-1)
+    if top_k or top_p < 1:
+        best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
+        enough = (best.cumsum(dim=-1) - best < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+        p = p.where(p >= best.gather(1, enough - 1), 0)
+    return torch.multinomial(p, 1, generator=generator)
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, **how):
-    """Yield the tokens (B,) that follow idx (B, T >= 1), one after another; `how`: next_token's.
-    A full window starts again from its last half: exact for every kind of position, and on
-    average a token costs the same however long the text."""
+    """Yield the tokens (B,) that follow idx (B, T >= 1); `how` is next_token's. A full window
+    begins again with its last half: on average a token costs the same however long the text."""
     window, cache = model.config.block_size, {}
     seen = new = idx[:, -window:]
     for _ in range(max_new_tokens):

@@ -406,21 +406,24 @@ def test_heads_one_by_one_are_one_projection():
         W_O = layer.out.weight[:, h * D:(h + 1) * D].T
         weights = (x @ W_Q @ (x @ W_K).mT / math.sqrt(D) + mask).softmax(-1)
         total = total + weights @ x @ W_V @ W_O
-    torch.testing.assert_close(layer(x, None, {}), total)
+    torch.testing.assert_close(layer(x, None, None, {}), total)
 
 
 def test_rotary_positions_are_relative():
     """Inner products of rotated vectors depend on the distance alone; lengths stay."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)
+    cos, sin = gpt.rotation(200, 8)
+    def at(x, t):
+        return gpt.rotate(x, cos[t:t + 1], sin[t:t + 1])
     def score(s, t):
-        return (gpt.rotate(q, s) * gpt.rotate(k, t)).sum().item()
+        return (at(q, s) * at(k, t)).sum().item()
     assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
     assert abs(score(5, 2) - score(6, 2)) > 1e-3
-    assert gpt.rotate(q, 77).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+    assert at(q, 77).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
     z = torch.view_as_complex(torch.stack(q.chunk(2, -1), -1))  # as complex numbers: times e^it
     turned = z * torch.polar(torch.ones(4), 3 * 10_000.0 ** (-torch.arange(4) / 4))
-    torch.testing.assert_close(gpt.rotate(q, 3), torch.cat((turned.real, turned.imag), -1))
+    torch.testing.assert_close(at(q, 3), torch.cat((turned.real, turned.imag), -1))
 
 
 def test_layer_normalization_is_of_rows():

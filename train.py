@@ -74,6 +74,7 @@ threads = 0  # 0 measures how many are fastest here
 compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
 config = override(globals())
+saved = {}
 if init_from == 'resume':  # the settings of the run, and then the command line once more
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
     globals().update({name: saved['settings'].get(name, config[name]) for name in config
@@ -83,6 +84,12 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
         if name not in ('out_dir', 'data_dir', 'init_from', 'max_iters', 'max_minutes', 'device',
                         'eval_interval', 'threads') and config[name] != saved['settings'][name]:
             fail(f'--{name}={config[name]}: this run has {saved["settings"][name]}, to the end')
+elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
+    model, tokenizer, _ = load(init_from)
+    block_size, model.config.dropout = model.config.block_size, dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
 limit(config, max_iters=(0, 10**9), max_minutes=(0, 10**6), eval_interval=(1, 10**9),
       batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), block_size=(1, 2**16),
       n_layer=(0, 1000), n_head=(1, 1000), n_embd=(1, 2**16), head_dim=(0, 2**14),
@@ -151,10 +158,7 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     tokenizer = TOKENIZERS[learned['kind']](learned['learned'])
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    model, saved = GPT(GPTConfig(V, **shape)), {}
-elif init_from != 'resume':
-    model, tokenizer, saved = load(init_from)
-    saved, block_size = {}, model.config.block_size
+    model = GPT(GPTConfig(V, **shape))
 if learned != {'kind': tokenizer.kind, 'learned': tokenizer.learned}:
     fail(f'{folder} was made with another tokenizer than the model; '
          f'{again} --tokenizer_from={init_from}')
@@ -226,8 +230,9 @@ torch.set_num_threads(threads)
 step_tokens = batch_size * gradient_accumulation_steps * block_size
 budget = 60 * max_minutes
 all_tokens = budget * speed if budget else max_iters * step_tokens
-share = min(1, max(2**13, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
-last_share = min(1, max(2**13, all_tokens / 4) / len(val))
+least = 0 if budget else 2**15  # tokens that take about a second
+share = min(1, max(least, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
+last_share = min(1, max(least, all_tokens / 4) / len(val))
 budget -= min(budget, (share + last_share) * len(val) / speed / 2)  # time for the last one
 
 # ------------------------------------------------------------------------------------------ loop
