@@ -8,7 +8,7 @@ Read it from top to bottom. One letter has one meaning throughout, and a comment
     C channels, the width of the model    D dimension of a head, d_k in [1]
 [1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
 """
-import argparse, codecs, functools, io, math, os, re, sys, warnings
+import argparse, codecs, functools, io, math, os, re, signal, sys, warnings, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -30,7 +30,6 @@ class CharTokenizer:
     ([2, 0, 1], 'cab', 'ca\ufffd')
     """
     kind, cut = 'char', staticmethod(iter)
-
     def __init__(self, learned):
         self.learned, self.ids = learned, {unit: i for i, unit in enumerate(learned)}
         self.tokens = [unit.encode() for unit in learned]
@@ -77,13 +76,12 @@ class BPETokenizer(CharTokenizer):
     """
     kind = 'bpe'  # it works on strings in which chr(i) is token i, at first a byte
     word = staticmethod(lambda piece: piece.encode('utf-8', 'replace').decode('latin-1'))
-
     def __init__(self, learned):
         self.learned = learned
         self.ids = {(chr(a), chr(b)): 256 + i for i, (a, b) in enumerate(learned)}
         self.tokens = [bytes([byte]) for byte in range(256)]
         for a, b in learned:
-            self.tokens.append(self.tokens[a] + self.tokens[b])
+            self.tokens.append((self.tokens[a] + self.tokens[b])[:256])  # none learned is longer
         self.merge = functools.lru_cache(MAX_VOCAB)(self.merge)
 
     @classmethod
@@ -172,8 +170,7 @@ def rotation(T, D, base=10_000):
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
-    """Turn x (B, H, T, D) in the planes of coordinates i and i + D/2. Rotations keep inner
-    products, so that of q at time s and k at time t depends on s and t by s - t alone."""
+    """Turn x (B, H, T, D) in the planes (i, i + D/2); then <q at s, k at t> knows s - t alone."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -197,8 +194,7 @@ class SelfAttention(nn.Module):
         if self in cache:  # keys and values of earlier calls come first, (B, H, S, D) each
             k, v = (torch.cat(both, dim=2) for both in zip(cache[self], (k, v)))
         cache[self] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1,
-                                           dropout_p=c.dropout * self.training)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class MLP(nn.Module):
@@ -237,8 +233,7 @@ class GPT(nn.Module):
             self.place = nn.Embedding(c.block_size, c.n_embd)
         if c.n_layer and c.smear:
             self.smear = nn.Parameter(torch.zeros(c.n_embd))
-        turn = torch.stack(rotation(c.block_size, c.head_dim))  # (2, T, D/2)
-        self.register_buffer('turn', turn, persistent=False)
+        self.register_buffer('turn', torch.stack(rotation(c.block_size, c.head_dim)), False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
@@ -252,8 +247,7 @@ class GPT(nn.Module):
             self.head.weight = self.token.weight
 
     def hidden(self, idx, cache):
-        """What the head reads, (B, T, C). The cache, {} at first, keeps what a next call, with
-        the tokens that follow, need not compute again."""
+        """What the head reads, (B, T, C); cache, {} at first, is what a next call need not redo."""
         c, T, x, t = self.config, idx.size(1), self.token(idx), cache.get('length', 0)
         if c.n_layer == 0:
             return x
@@ -299,9 +293,9 @@ def generate(model, idx, max_new_tokens, **how):
 # -- The optimizer --------------------------------------------------------------------------------
 def orthogonalize(G, steps=3):
     """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
-    X <- a X + b X X^T X + c (X X^T)^2 X takes each singular value s to a s + b s^3 + c s^5. With
-    these a, b, c (found by trying; Jordan et al. 2024, kellerjordan.github.io/posts/muon) five
-    steps bring all but the smallest to 0.7 ... 1.2; the model learns as well from three."""
+    X <- a X + b X X^T X + c (X X^T)^2 X takes a singular value s to a s + b s^3 + c s^5; a, b, c
+    were found by trying (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Five steps bring
+    all but the smallest s to 0.7 ... 1.2; the model learns as well from three."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.size(-2) > G.size(-1) else G  # so that X X^T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
@@ -311,11 +305,8 @@ def orthogonalize(G, steps=3):
     return X.mT if G.size(-2) > G.size(-1) else X
 
 class Muon(torch.optim.Optimizer):
-    """For matrices W (n, m) with gradient G: the momentum, orthogonalized.
+    """For matrices W (n, m) with gradient G: Muon(matrices, dict(lr=0.02, momentum=0.95)).
     M <- mu M + (1 - mu) G,   W <- W - lr sqrt(max(1, n/m)) orthogonalize(mu M + (1 - mu) G)"""
-    def __init__(self, params, lr=0.02, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -344,6 +335,7 @@ def override(settings):
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     for name, value in list(settings.items()):
         if name[0].islower() and type(value) in (bool, int, float, str):
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
@@ -356,9 +348,9 @@ def override(settings):
 def limit(config, **limits):
     """Each setting named within a pair of numbers, or in a list of words."""
     for name, allowed in limits.items():
-        value, between = config[name], isinstance(allowed, tuple)
-        if not (allowed[0] <= value <= allowed[1] if between else value in allowed):
-            wanted = '{} to {}'.format(*allowed) if between else ', '.join(allowed)
+        value, words = config[name], isinstance(allowed, list)
+        if value not in allowed if words else not allowed[0] <= value <= allowed[1]:
+            wanted = ', '.join(allowed) if words else '{} to {}'.format(*allowed)
             fail(f'--{name}={value}: must be {wanted}')
 
 def pick_device(name):
@@ -370,32 +362,43 @@ def pick_device(name):
     except (AssertionError, RuntimeError):
         fail(f'--device={name} is not available here; try --device=auto')
 
-def write(path, data):
-    """Replace a file by bytes: whole, or not at all."""
-    with open(f'{path}.tmp', 'wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f'{path}.tmp', path)
+def write(files):
+    """Replace files (a dict of path: bytes), each whole or not at all."""
+    try:
+        for path, data in files.items():
+            with open(f'{path}.tmp', 'wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(f'{path}.tmp', path)
+    finally:
+        for path in files:  # after a failure: leave nothing half
+            if os.path.exists(f'{path}.tmp'):
+                os.remove(f'{path}.tmp')
 
-def save(path, model, tokenizer, **more):
-    """Write a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
+def checkpoint(model, tokenizer, **more):
+    """The bytes of a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
     file = io.BytesIO()
     torch.save(dict(version=1, config=vars(model.config), model=model.state_dict(),
                     tokenizer=[tokenizer.kind, tokenizer.learned], **more), file)
-    write(path, file.getbuffer())
+    return file.getvalue()
 
 def load(path):
     """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
+        size = os.path.getsize(path)
+        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
+            raise ValueError('it unpacks to more than it is')
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        if saved['version'] != 1:
-            raise ValueError(f'of version {saved["version"]}, where this program reads 1')
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
-        if 4 * config.n_params > os.path.getsize(path):
-            raise ValueError('it names a model that is larger than the file')
+        tokenizer = TOKENIZERS[kind](learned)
+        if (saved['version'] != 1 or len(tokenizer.tokens) != config.vocab_size
+                or config.n_layer > 1000 or 4 * config.n_params > size):
+            raise ValueError('of another version of this program, or damaged')
         model = GPT(config)
         model.load_state_dict(saved['model'])
-        return model, TOKENIZERS[kind](learned), saved
+        return model, tokenizer, saved
     except Exception as error:  # whatever a file that is missing, damaged or hostile may cause
-        fail(f'{path}: no checkpoint that can be read ({str(error)[:200].splitlines()[0]})')
+        why = (str(error) or type(error).__name__).splitlines()[0][:150]
+        fail(f'{path}: no checkpoint that can be read ({why})')

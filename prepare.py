@@ -291,11 +291,8 @@ meta['sources'] = sources
 folder = os.path.join(data_dir, dataset)
 try:
     os.makedirs(folder, exist_ok=True)
-    for name, part in ids.items():
-        if sys.byteorder == 'big':
-            part.byteswap()
-        write(os.path.join(folder, f'{name}.bin'), part)
-    write(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=1).encode())
+    write({os.path.join(folder, 'train.bin'): ids['train'], os.path.join(folder, 'val.bin'): ids['val'],
+           os.path.join(folder, 'meta.json'): json.dumps(meta).encode()})
 except OSError as error:
     fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 

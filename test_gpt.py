@@ -584,7 +584,7 @@ def test_muon_is_its_equation_and_torchs():
     ours, theirs = ([nn.Parameter(w.clone()) for w in start]
                     for start in [[torch.randn(s) for s in shapes]] * 2)
     plain, momenta = [w.detach().clone() for w in ours], [torch.zeros(s) for s in shapes]
-    muon = Muon(ours, lr=0.1)
+    muon = Muon(ours, dict(lr=0.1, momentum=0.95))
     torchs = getattr(torch.optim, 'Muon', lambda *a, **k: None)(
         theirs, lr=0.1, weight_decay=0, momentum=0.95, ns_steps=3)
     for _ in range(4):

@@ -19,8 +19,13 @@ import time
 import zlib
 from contextlib import nullcontext
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs in one folder are not noticed
+    fcntl = None
+
 from gpt import ACTIVATIONS, GPT, GPTConfig, Muon, TOKENIZERS
-from gpt import fail, generate, limit, load, override, pick_device, save, write
+from gpt import checkpoint, fail, generate, limit, load, override, pick_device, write
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -86,7 +91,7 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
             fail(f'--{name}={config[name]}: this run has {saved["settings"][name]}, to the end')
 elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
     model, tokenizer, _ = load(init_from)
-    block_size, model.config.dropout = model.config.block_size, dropout
+    block_size = model.config.block_size
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -119,15 +124,17 @@ torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
 
 def read(name):
     """The tokens of a part, mapped from disk: (N,) int16, whose bits are those of uint16."""
-    path, part, crc = os.path.join(folder, f'{name}.bin'), meta[name], 0
+    path, size, crc, largest = os.path.join(folder, f'{name}.bin'), meta[name]['tokens'], 0, 0
     with open(path, 'rb') as file:
-        while chunk := file.read(2**22):
+        while chunk := bytearray(file.read(2**22)):
             crc = zlib.crc32(chunk, crc)
-    if crc != part['crc32'] or os.path.getsize(path) != 2 * part['tokens']:
+            chunk = torch.frombuffer(chunk + bytes(len(chunk) % 2), dtype=torch.int16)
+            largest = max(largest, (chunk.int() & 0xffff).max().item())
+    if crc != meta[name]['crc32'] or os.path.getsize(path) != 2 * size or largest >= V:
         fail(f'{path} and meta.json are not of one data set; {again}')
-    if part['tokens'] <= block_size:
-        fail(f'{path} has {part["tokens"]} tokens, too few for --block_size={block_size}')
-    return torch.from_file(path, size=part['tokens'], dtype=torch.int16)
+    if size <= block_size:
+        fail(f'{path}: {size} tokens are too few for --block_size={block_size}')
+    return torch.from_file(path, size=size, dtype=torch.int16)
 
 def blocks(ids, at):
     """Blocks that begin at `at` (B,) and what follows each of their tokens: (B, T) twice."""
@@ -147,19 +154,20 @@ again = f'prepare it (again): python prepare.py --source=... --dataset={dataset}
 try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
-    V, learned = meta['vocab_size'], meta['tokenizer']
+    learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
+    V, val_tokens_a_character = len(learned.tokens), meta['val']['tokens'] / meta['val']['characters']
     train, val = read('train'), read('val')
-except (OSError, ValueError, KeyError, TypeError) as error:
-    fail(f'{folder}: no data set that can be read ({error}); {again}')
+except Exception as error:  # whatever a file that is missing or damaged may cause
+    fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {again}')
 
 # ----------------------------------------------------------------------------------------- model
 
 if init_from == 'scratch':
     torch.manual_seed(seed)
-    tokenizer = TOKENIZERS[learned['kind']](learned['learned'])
+    tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
     model = GPT(GPTConfig(V, **shape))
-if learned != {'kind': tokenizer.kind, 'learned': tokenizer.learned}:
+if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     fail(f'{folder} was made with another tokenizer than the model; '
          f'{again} --tokenizer_from={init_from}')
 model.to(device)
@@ -173,7 +181,7 @@ optimizers = [torch.optim.AdamW(
      dict(params=[] if optimizer == 'muon' else matrices, lr=learning_rate)],
     betas=(beta1, beta2), weight_decay=weight_decay)]
 if optimizer == 'muon' and matrices:
-    optimizers.append(Muon(matrices, lr=matrix_rate))
+    optimizers.append(Muon(matrices, dict(lr=matrix_rate, momentum=0.95)))
 for one, state in zip(optimizers, saved.get('optimizers', [])):
     one.load_state_dict(state)
 rates = [(group, group.setdefault('rate', group['lr'])) for one in optimizers
@@ -249,22 +257,41 @@ def time_left():
     left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
     return f'{left // 60:.0f}m{left % 60:02.0f}s left'
 
-def keep(name):
-    save(os.path.join(out_dir, name), model, tokenizer, settings=config, step=i, log=log,
-         losses=losses, best=best, seconds=clock(), threads=threads,
-         optimizers=[one.state_dict() for one in optimizers])
+def sound(loss):
+    """Stop before anything is saved that isn't a number."""
+    if not math.isfinite(loss):
+        fail(f'step {i}: the loss is {loss}; the likely cause is a rate that is too large '
+             f'(--learning_rate, --matrix_rate, --table_rate). {out_dir}/ckpt.pt is the last good model')
+    return loss
+
+def keep(*names):
+    """Write checkpoints and the log, all or none; if the disk doesn't let it, say so and go on."""
+    sound(sum(w.sum().item() for w in model.parameters()))
+    state = checkpoint(model, tokenizer, settings=config, step=i, log=log, losses=losses, best=best,
+                       seconds=clock(), threads=threads,
+                       optimizers=[one.state_dict() for one in optimizers])
+    table = io.StringIO()
+    csv.writer(table).writerows([COLUMNS, *log])
+    files = {'log.csv': table.getvalue().encode(), **dict.fromkeys(names, state)}
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        write({os.path.join(out_dir, name): data for name, data in files.items()})
+        return True
+    except OSError as error:
+        print(f'\nnot saved ({error.filename or out_dir}: {error.strerror}); what was saved before '
+              'is whole', file=sys.stderr)
 
 def report():
     """Evaluate, print a line and a few words, keep the best model and the newest state."""
     global best
-    val_loss = evaluate(share)
+    val_loss = sound(evaluate(share))
     better, best = val_loss < best, min(best, val_loss)
     if last and last_share > share:
         val_loss = evaluate(last_share)
     if rank:
         return
     part = last_share if last else share
-    bits = val_loss / math.log(2) * len(val) / meta['val']['characters']
+    bits = val_loss / math.log(2) * val_tokens_a_character
     train_loss = sum(losses) / len(losses) if losses else val_loss
     log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
                 rates[0][0]['lr']])
@@ -277,12 +304,7 @@ def report():
     print('   ', ' '.join(''.join(tokenizer.stream(int(word) for word in words)).split()), flush=True)
     model.train()
     losses.clear()
-    if better:
-        keep('ckpt.pt')
-    keep('last.pt')
-    table = io.StringIO()
-    csv.writer(table).writerows([COLUMNS, *log])
-    write(os.path.join(out_dir, 'log.csv'), table.getvalue().encode())
+    return keep('last.pt', *['ckpt.pt'] * better)
 
 def on_signal(number, frame):
     """The first time: end after this step. The second time: at once."""
@@ -294,18 +316,34 @@ def on_signal(number, frame):
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
 i, best, log, losses = [saved.get(name, first) for name, first in
                         dict(step=0, best=math.inf, log=[], losses=[]).items()]
-if rank == 0 and init_from != 'resume':
-    if any(os.path.exists(os.path.join(out_dir, name)) for name in ('last.pt', 'ckpt.pt')):
-        n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
-        os.rename(out_dir, f'{out_dir}.{n}')
-        print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
-    os.makedirs(out_dir, exist_ok=True)
+def hold(folder):
+    """The lock of a run's folder: the system lets go of it when the process ends, however."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, '.lock'), 'w')
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f'{folder}: another train.py is at work there; --out_dir=FOLDER for a run beside it')
+    return file
+
+if rank == 0:
+    try:
+        lock = hold(out_dir)
+        if init_from != 'resume' and any(os.path.exists(os.path.join(out_dir, name))
+                                         for name in ('last.pt', 'ckpt.pt')):
+            n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
+            os.rename(out_dir, f'{out_dir}.{n}')
+            print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
+            lock = hold(out_dir)
+    except OSError as error:
+        fail(f'--out_dir={out_dir}: {error.strerror}')
 if rank == 0:
     print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
           f'{step_tokens:,} in a step; {device}, {threads} threads'
           + (f'; resumed at step {i}' if i else ''))
 
-stopping = 0
+stopping, kept = 0, True
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 while True:
@@ -316,7 +354,7 @@ while True:
         progress, stopping = both[0].item(), int(both[1])
     last = progress >= 1
     if (last or i % eval_interval == 0) and not (log and log[-1][0] == i):
-        report()
+        kept = report()
     if last or stopping:
         break
 
@@ -329,27 +367,30 @@ while True:
         part = loss_of(x, y) / gradient_accumulation_steps
         part.backward()
         loss += part.detach()
+    if world > 1:
+        dist.all_reduce(loss)
+    losses.append(sound(loss.item() / world))
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for one in optimizers:
         one.step()
         one.zero_grad()
-    if world > 1:
-        dist.all_reduce(loss)
-        loss /= world
-    losses.append(loss.item())
     i += 1
     speed += (step_tokens / (time.perf_counter() - began) - speed) / min(i, 20)
     if rank == 0 and sys.stdout.isatty():
         print(f'\rstep {i}: loss {losses[-1]:.3f}, {speed:.0f} tok/s, {time_left()} ', end='', flush=True)
 
-if rank == 0 and stopping:
-    keep('last.pt')
-    print(f'\nstopped and saved at step {i}; to go on: '
-          f'python train.py --init_from=resume --out_dir={out_dir}')
-elif rank == 0:
-    print(f'finished; to see it write: python sample.py --out_dir={out_dir}')
 if world > 1:
     dist.destroy_process_group()
+if rank == 0:
+    if stopping:
+        kept = keep('last.pt')
+        print(f'\nstopped{" and saved" * bool(kept)} at step {i}; to go on: '
+              f'python train.py --init_from=resume --out_dir={out_dir}')
+    else:
+        print(f'finished; to see it write: python sample.py --out_dir={out_dir}')
+    lock.close()
 if stopping:
     sys.exit(128 + stopping)
+if not kept:
+    fail(f'the end of the run could not be saved in {out_dir}')
