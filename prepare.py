@@ -272,7 +272,8 @@ print(f'\rlearning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
-    tokens = TOKENIZERS[tokenizer].learn(parts['train'], vocab_size if tokenizer != 'char' else MAX_VOCAB)
+    size = MAX_VOCAB if tokenizer == 'char' else vocab_size
+    tokens = TOKENIZERS[tokenizer].learn(parts['train'], size)
 V = len(tokens.tokens)
 meta = dict(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V)
 ids = {}
@@ -291,8 +292,9 @@ meta['sources'] = sources
 folder = os.path.join(data_dir, dataset)
 try:
     os.makedirs(folder, exist_ok=True)
-    write({os.path.join(folder, 'train.bin'): ids['train'], os.path.join(folder, 'val.bin'): ids['val'],
-           os.path.join(folder, 'meta.json'): json.dumps(meta).encode()})
+    files = {'train.bin': ids['train'], 'val.bin': ids['val'],
+             'meta.json': json.dumps(meta).encode()}
+    write({os.path.join(folder, name): data for name, data in files.items()})
 except OSError as error:
     fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 

@@ -82,13 +82,16 @@ config = override(globals())
 saved = {}
 if init_from == 'resume':  # the settings of the run, and then the command line once more
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
-    globals().update({name: saved['settings'].get(name, config[name]) for name in config
-                      if name not in ('out_dir', 'init_from')})
+    known = saved.get('settings')
+    if not isinstance(known, dict) or {n: type(v) for n, v in known.items()} != {
+            n: type(v) for n, v in config.items()}:
+        fail(f'{out_dir}/last.pt: its settings are not those of this program')
+    globals().update(known, out_dir=out_dir, init_from=init_from)
     config = override(globals())
-    for name in config:
-        if name not in ('out_dir', 'data_dir', 'init_from', 'max_iters', 'max_minutes', 'device',
-                        'eval_interval', 'threads') and config[name] != saved['settings'][name]:
-            fail(f'--{name}={config[name]}: this run has {saved["settings"][name]}, to the end')
+    for name in set(config) - {'out_dir', 'data_dir', 'init_from', 'max_iters', 'max_minutes',
+                               'eval_interval', 'device', 'threads', 'compile'}:
+        if config[name] != known[name]:
+            fail(f'--{name}={config[name]}: this run has {known[name]}, to its end')
 elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
     model, tokenizer, _ = load(init_from)
     block_size = model.config.block_size
@@ -155,7 +158,8 @@ try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
     learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
-    V, val_tokens_a_character = len(learned.tokens), meta['val']['tokens'] / meta['val']['characters']
+    V, sticks = len(learned.tokens), {name: float(x) for name, x in meta['yardsticks'].items()}
+    tokens_a_character = meta['val']['tokens'] / meta['val']['characters']
     train, val = read('train'), read('val')
 except Exception as error:  # whatever a file that is missing or damaged may cause
     fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {again}')
@@ -173,7 +177,8 @@ if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
 model.to(device)
 
 tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-matrices = [w for name, w in model.blocks.named_parameters() if w.dim() == 2 and 'value' not in name]
+matrices = [w for name, w in model.blocks.named_parameters()
+            if w.dim() == 2 and 'value' not in name]
 rest = [w for w in model.parameters() if not any(w is other for other in tables + matrices)]
 optimizers = [torch.optim.AdamW(
     [dict(params=rest, lr=learning_rate),
@@ -182,12 +187,25 @@ optimizers = [torch.optim.AdamW(
     betas=(beta1, beta2), weight_decay=weight_decay)]
 if optimizer == 'muon' and matrices:
     optimizers.append(Muon(matrices, dict(lr=matrix_rate, momentum=0.95)))
-for one, state in zip(optimizers, saved.get('optimizers', [])):
-    one.load_state_dict(state)
-rates = [(group, group.setdefault('rate', group['lr'])) for one in optimizers
-         for group in one.param_groups]
-parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-net = torch.compile(parallel) if compile else parallel
+for group in (group for one in optimizers for group in one.param_groups):
+    group['rate'] = group['lr']
+i, best, log, losses = 0, math.inf, [], []
+if saved:
+    try:
+        for one, state in zip(optimizers, saved['optimizers']):
+            one.load_state_dict(state)
+        i, best, losses = int(saved['step']), float(saved['best']), list(saved['losses'])
+        log = [[int(row[0]), int(row[1]), *map(float, row[2:])] for row in saved['log']]
+    except Exception as error:  # whatever a damaged file may cause
+        fail(f'{out_dir}/last.pt: no run that can be resumed ({type(error).__name__}: {error})')
+net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+if compile:
+    try:
+        compiled = torch.compile(net)
+        compiled(torch.zeros(1, block_size, dtype=torch.long, device=device))
+        net = compiled
+    except Exception as error:
+        print(f'--compile: not possible here ({type(error).__name__}); going on without')
 
 def loss_of(x, y, reduction='mean'):
     """Cross-entropy in nats: -log of the probability given to what does come next."""
@@ -241,7 +259,8 @@ all_tokens = budget * speed if budget else max_iters * step_tokens
 least = 0 if budget else 2**15  # tokens that take about a second
 share = min(1, max(least, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
 last_share = min(1, max(least, all_tokens / 4) / len(val))
-budget -= min(budget, (share + last_share) * len(val) / speed / 2)  # time for the last one
+if budget:  # time for the last one
+    budget = max(0.01, budget - (share + last_share) * len(val) / speed / 2)
 
 # ------------------------------------------------------------------------------------------ loop
 
@@ -257,11 +276,66 @@ def time_left():
     left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
     return f'{left // 60:.0f}m{left % 60:02.0f}s left'
 
+LOSS_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 390" role="img"><style>
+ rect { fill: #fff }  text { fill: #333; font: 13px system-ui, sans-serif }
+ path { fill: none; stroke: #767676; stroke-linecap: round }  .grid { stroke: #e4e4e4 }
+ .dashed { stroke-dasharray: 5 5 }  .training { stroke: #d9730d }  .validation { stroke: #1f6feb }
+ .training, .validation { stroke-width: 2.2 }  .dot { stroke-width: 7 }
+ .end { text-anchor: end }  .mid { text-anchor: middle }
+ @media (prefers-color-scheme: dark) { rect { fill: #111417 }  text { fill: #d6d6d6 }
+  path { stroke: #8f8f8f }  .grid { stroke: #2b2f33 }  .training { stroke: #f59b45 }
+  .validation { stroke: #6cb0ff } }
+</style><title>Bits per character over steps</title><rect width="740" height="390"/>
+'''
+
+def loss_svg(log, yardsticks):
+    """The picture of a run: bits per character over steps, beside the yardsticks to be beaten."""
+    left, right, top, bottom = 52, 580, 40, 340  # the edges of the plot
+    last = max(1, log[-1][0])
+    curves = {name: [(0, bits), (last, bits)] for name, bits in yardsticks.items()}
+    curves['training'] = [(row[0], row[3] * row[5] / (row[4] or 1)) for row in log]
+    curves['validation'] = [(row[0], row[5]) for row in log]
+    every = [bits for curve in curves.values() for _, bits in curve if math.isfinite(bits)]
+    high = min(max(every), 2 * max(yardsticks.values()))  # what is above goes along the edge
+    low = min(every) - (high - min(every)) / 20
+
+    def ticks(low, high, least):
+        """Some five multiples of 1, 2 or 5 times a power of 10."""
+        units = (m * 10.0**e for e in range(-3, 15) for m in (1, 2, 5))
+        unit = next(u for u in units if u >= least and high - low <= 6 * u)
+        return [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+    def x(step):
+        return round(left + (right - left) * step / last, 1)
+    def y(bits):
+        return round(top + (bottom - top) * (high - min(high, bits)) / (high - low), 1)
+    def text(x, y, words, kind=''):
+        return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>\n'
+    def path(points, kind):
+        return f'<path d="M{points[0]}L{"L".join(points)}" class="{kind}"/>\n'  # one point: a dot
+
+    out = LOSS_SVG + text(left, 20, 'bits per character')
+    for bits in ticks(low, high, 0.001):
+        out += path([f'{left} {y(bits)}', f'{right} {y(bits)}'], 'grid')
+        out += text(left - 8, y(bits) + 4, f'{bits:.4g}', 'end')
+    for step in ticks(0, log[-1][0], 1):
+        out += text(x(step), bottom + 20, f'{step:,.0f}', 'mid')
+        out += text(x(step), bottom + 37, f'{step * log[-1][1] / last:,.0f}', 'mid')
+    out += text(right + 55, bottom + 20, 'steps') + text(right + 55, bottom + 37, 'tokens')
+    label = 0
+    for n, (name, curve) in enumerate(sorted(curves.items(), key=lambda item: y(item[1][-1][1]))):
+        points, end = [f'{x(step)} {y(bits)}' for step, bits in curve], curve[-1][1]
+        label = min(max(label + 17, y(end)), bottom - 17 * (len(curves) - 1 - n))  # all apart
+        kind = 'dashed' if name in yardsticks else name
+        out += path(points, kind) + path(points[-1:], f'{name} dot' * (name == kind))
+        out += path([f'{right} {y(end)}', f'{right + 16} {label}'], kind)
+        out += text(right + 22, label + 4, f'{name} {end:.2f}')
+    return out + '</svg>\n'
+
 def sound(loss):
     """Stop before anything is saved that isn't a number."""
     if not math.isfinite(loss):
-        fail(f'step {i}: the loss is {loss}; the likely cause is a rate that is too large '
-             f'(--learning_rate, --matrix_rate, --table_rate). {out_dir}/ckpt.pt is the last good model')
+        fail(f'step {i}: the loss is {loss}; most likely a rate is too large (--learning_rate, '
+             f'--matrix_rate, --table_rate). {out_dir}/ckpt.pt is the last good model')
     return loss
 
 def keep(*names):
@@ -272,7 +346,8 @@ def keep(*names):
                        optimizers=[one.state_dict() for one in optimizers])
     table = io.StringIO()
     csv.writer(table).writerows([COLUMNS, *log])
-    files = {'log.csv': table.getvalue().encode(), **dict.fromkeys(names, state)}
+    files = {'log.csv': table.getvalue().encode(), 'loss.svg': loss_svg(log, sticks).encode(),
+             **dict.fromkeys(names, state)}
     try:
         os.makedirs(out_dir, exist_ok=True)
         write({os.path.join(out_dir, name): data for name, data in files.items()})
@@ -291,17 +366,18 @@ def report():
     if rank:
         return
     part = last_share if last else share
-    bits = val_loss / math.log(2) * val_tokens_a_character
+    bits = val_loss / math.log(2) * tokens_a_character
     train_loss = sum(losses) / len(losses) if losses else val_loss
     log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
-                rates[0][0]['lr']])
-    print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {bits:.2f} bits/char, '
-          f'{speed:.0f} tok/s, {time_left()}'
+                optimizers[0].param_groups[0]['lr']])
+    print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
+          f'{bits:.2f} bits/char, {speed:.0f} tok/s, {time_left()}'
           + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
     model.eval()
     words = generate(model, torch.tensor([tokenizer.encode('\n')], device=device), 32,
                      generator=torch.Generator(device).manual_seed(seed))
-    print('   ', ' '.join(''.join(tokenizer.stream(int(word) for word in words)).split()), flush=True)
+    words = ''.join(tokenizer.stream(int(word) for word in words))
+    print('   ', ' '.join(words.split()), flush=True)
     model.train()
     losses.clear()
     return keep('last.pt', *['ckpt.pt'] * better)
@@ -314,8 +390,6 @@ def on_signal(number, frame):
     stopping = number
 
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
-i, best, log, losses = [saved.get(name, first) for name, first in
-                        dict(step=0, best=math.inf, log=[], losses=[]).items()]
 def hold(folder):
     """The lock of a run's folder: the system lets go of it when the process ends, however."""
     os.makedirs(folder, exist_ok=True)
@@ -359,8 +433,8 @@ while True:
         break
 
     began = time.perf_counter()
-    for group, rate in rates:
-        group['lr'] = rate * schedule(i, progress)
+    for group in (group for one in optimizers for group in one.param_groups):
+        group['lr'] = group['rate'] * schedule(i, progress)
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
     loss = 0
     for x, y in get_batch(i):
@@ -378,7 +452,8 @@ while True:
     i += 1
     speed += (step_tokens / (time.perf_counter() - began) - speed) / min(i, 20)
     if rank == 0 and sys.stdout.isatty():
-        print(f'\rstep {i}: loss {losses[-1]:.3f}, {speed:.0f} tok/s, {time_left()} ', end='', flush=True)
+        print(f'\rstep {i}: loss {losses[-1]:.3f}, {speed:.0f} tok/s, {time_left()} ', end='',
+              flush=True)
 
 if world > 1:
     dist.destroy_process_group()
