@@ -1,5 +1,4 @@
 """A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
-
 Read it from top to bottom. One letter has one meaning throughout, and a comment such as
 (B, T, C) is the shape of what has just been computed:
 
@@ -8,7 +7,7 @@ Read it from top to bottom. One letter has one meaning throughout, and a comment
     C channels, the width of the model    D dimension of a head, d_k in [1]
 [1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
 """
-import argparse, codecs, functools, io, math, os, re, signal, sys, warnings, zipfile
+import argparse, codecs, functools, io, math, os, pathlib, re, signal, sys, warnings, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ class CharTokenizer:
     kind, cut = 'char', staticmethod(iter)
     def __init__(self, learned):
         self.learned, self.ids = learned, {unit: i for i, unit in enumerate(learned)}
-        self.tokens = [unit.encode() for unit in learned]
+        self.tokens, self.unknown = [unit.encode() for unit in learned], self.ids[UNKNOWN]
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
@@ -40,7 +39,7 @@ class CharTokenizer:
         return cls(sorted(units - {UNKNOWN}) + [UNKNOWN])
 
     def encode(self, text):
-        return [self.ids.get(unit, self.ids[UNKNOWN]) for unit in self.cut(text)]
+        return [self.ids.get(unit, self.unknown) for unit in self.cut(text)]
 
     def decode(self, ids):
         return ''.join(self.stream(ids))
@@ -95,10 +94,8 @@ class BPETokenizer(CharTokenizer):
                 where[pair].add(w)
         for w in range(len(words)):
             count(w)
-        while len(merges) < vocab_size - 256 and total:
-            best = max(total, key=total.get)  # of equals the one seen first
-            if total[best] < 2:
-                break
+        while (len(merges) < vocab_size - 256  # and of equal pairs take the one seen first
+               and total[best := max(total, key=total.get, default=None)] > 1):
             merges.append([ord(token) for token in best])
             for w in where.pop(best):
                 old = words[w]
@@ -113,12 +110,10 @@ class BPETokenizer(CharTokenizer):
     def merge(self, piece):
         """The ids of one piece: pairs merge in the order in which they were learned."""
         word = self.word(piece)
-        while True:
-            known = ((self.ids[p], p) for p in zip(word, word[1:]) if p in self.ids)
-            new, pair = min(known, default=(0, ''))
-            if not new:
-                return list(map(ord, word))
+        while known := [(self.ids[p], p) for p in zip(word, word[1:]) if p in self.ids]:
+            new, pair = min(known)
             word = word.replace(''.join(pair), chr(new))
+        return list(map(ord, word))
 
     def encode(self, text):
         return [i for piece in pieces(text) for i in self.merge(piece)]
@@ -126,6 +121,7 @@ class BPETokenizer(CharTokenizer):
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
 # -- The model ------------------------------------------------------------------------------------
 ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
+POSITIONS = ['rotary', 'learned', 'none']
 @dataclass
 class GPTConfig:
     vocab_size: int
@@ -136,7 +132,7 @@ class GPTConfig:
     head_dim: int = 0  # 0: n_embd / n_head
     mlp_dim: int = 0  # 0: 4 n_embd
     dropout: float = 0.0
-    position: str = 'rotary'  # rotary, learned or none
+    position: str = 'rotary'
     norm_weights: bool = False
     activation: str = 'relu2'
     bias: bool = False
@@ -148,6 +144,8 @@ class GPTConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
+        assert 0 <= self.n_layer <= 1000 and 0 < self.block_size <= 2**16, 'sizes out of range'
+        assert 0 <= self.dropout < 1 and self.position in POSITIONS, 'no such model'
 
     @property
     def n_params(self):
@@ -156,9 +154,8 @@ class GPTConfig:
             return sum(p.numel() for p in GPT(self).parameters())
 
 def attention(q, k, v):
-    """Equation (1) of [1]: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, causal. Each query
-    takes a mean of the values of its past, weighted by how well their keys fit. All (B, H, T, D).
-    It stands here to be read: the model runs torch's fused version."""
+    """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
+    of its past, weighted by how well keys fit. To be read: the model runs torch's fused version."""
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
@@ -212,15 +209,16 @@ class Block(nn.Module):
     """Tokens exchange what they know, then each thinks it over; both add to the stream x."""
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.norm1 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
         self.attention = SelfAttention(config)
         self.norm2 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, idx, turn, cache):
-        x = x + self.dropout(self.attention(self.norm1(x), idx, turn, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))  # (B, T, C)
+        p = self.config.dropout
+        x = x + F.dropout(self.attention(self.norm1(x), idx, turn, cache), p, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), p, self.training)  # (B, T, C)
 
 class GPT(nn.Module):
     """Token ids (B, T) to logits (B, T, V): what comes next at each place. With n_layer=0 it is
@@ -257,6 +255,7 @@ class GPT(nn.Module):
             cache['last'] = last
         if c.position == 'learned':
             x = x + self.place.weight[t:t + T]
+        x = F.dropout(x, c.dropout, self.training)
         for block in self.blocks:
             x = block(x, idx, self.turn[:, t:t + T], cache)
         return self.norm(x)
@@ -293,9 +292,9 @@ def generate(model, idx, max_new_tokens, **how):
 # -- The optimizer --------------------------------------------------------------------------------
 def orthogonalize(G, steps=3):
     """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
-    X <- a X + b X X^T X + c (X X^T)^2 X takes a singular value s to a s + b s^3 + c s^5; a, b, c
-    were found by trying (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Five steps bring
-    all but the smallest s to 0.7 ... 1.2; the model learns as well from three."""
+    X <- a X + b X X^T X + c (X X^T)^2 X takes singular values s to a s + b s^3 + c s^5. With these
+    a, b, c (found by trying: Jordan et al. 2024, kellerjordan.github.io/posts/muon) five steps take
+    all but the smallest to 0.7 ... 1.2, and three do as well for learning."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.size(-2) > G.size(-1) else G  # so that X X^T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
@@ -322,7 +321,7 @@ class Muon(torch.optim.Optimizer):
 # == What the scripts share and what isn't mathematics ============================================
 def fail(message):
     """End with one line that says what to do."""
-    print(message, file=sys.stderr)
+    print(' '.join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 def override(settings):
@@ -336,13 +335,13 @@ def override(settings):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
+    sys.stdout.reconfigure(errors='backslashreplace')  # nor for what the screen can't show
     for name, value in list(settings.items()):
         if name[0].islower() and type(value) in (bool, int, float, str):
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
                                 type=boolean if type(value) is bool else type(value),
                                 help=comments.get(name, '').replace('%', '%%'))
-    config = vars(parser.parse_args())
-    settings.update(config)
+    settings.update(config := vars(parser.parse_args()))
     return config
 
 def limit(config, **limits):
@@ -374,8 +373,7 @@ def write(files):
             os.replace(f'{path}.tmp', path)
     finally:
         for path in files:  # after a failure: leave nothing half
-            if os.path.exists(f'{path}.tmp'):
-                os.remove(f'{path}.tmp')
+            pathlib.Path(f'{path}.tmp').unlink(missing_ok=True)
 
 def checkpoint(model, tokenizer, **more):
     """The bytes of a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
@@ -394,7 +392,7 @@ def load(path):
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
         tokenizer = TOKENIZERS[kind](learned)
         if (saved['version'] != 1 or len(tokenizer.tokens) != config.vocab_size
-                or config.n_layer > 1000 or 4 * config.n_params > size):
+                or 4 * config.n_params > size):
             raise ValueError('of another version of this program, or damaged')
         model = GPT(config)
         model.load_state_dict(saved['model'])

@@ -36,6 +36,7 @@ config = override(globals())
 limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fraction=(0.001, 0.9))
 
 MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
+ARCHIVE = r'\.(zip|tar|t?gz)$'
 sources = []  # what became of each file
 scratch = tempfile.TemporaryDirectory()  # where the cleaner works
 
@@ -78,7 +79,7 @@ def files(top):
 
 
 class Capped:
-    """A file that ends in an error rather than being larger than WHOLE."""
+    """A file that fails rather than give more than WHOLE bytes."""
 
     def __init__(self, file):
         self.file, self.left = file, WHOLE
@@ -87,7 +88,7 @@ class Capped:
         data = self.file.read(size)
         self.left -= len(data)
         if self.left < 0:
-            raise ValueError(f'it unpacks to more than {WHOLE >> 20} MB')
+            raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
         return data
 
 
@@ -100,65 +101,76 @@ def unpack(path, file, depth=0):
         if depth > 3:
             raise ValueError('archives within archives within archives')
         if head[:2] == b'\x1f\x8b':
-            inside = gzip.GzipFile(fileobj=file)
-            if is_tar(inside.read(512)):
-                inside.seek(0)
-                yield from untar(path, inside, depth)
-            else:
-                inside.seek(0)
-                data = inside.read(MEMBER + 1)
-                yield from unpack(re.sub(r'\.gz$', '', path), io.BytesIO(data), depth + 1)
+            members = ungzip(path, gzip.GzipFile(fileobj=file))
         elif head[:4] == b'PK\x03\x04':
-            left = WHOLE
-            with zipfile.ZipFile(file) as archive:
-                for member in sorted(archive.infolist(), key=lambda member: member.filename):
-                    name, left = f'{path}/{member.filename}', left - member.file_size
-                    if left < 0:
-                        raise ValueError(f'it unpacks to more than {WHOLE >> 20} MB')
-                    if member.flag_bits & 1:
-                        note(name, 'skipped', why='encrypted')
-                    elif not member.is_dir() and wanted(name):
-                        with archive.open(member) as inside:
-                            yield from unpack(name, io.BytesIO(inside.read(MEMBER + 1)), depth + 1)
+            members = unzip(path, file)
         elif is_tar(head):
-            yield from untar(path, file, depth)
-        elif is_latex(path) or depth and re.search(rb'\\(documentclass|documentstyle|begin)', head):
-            data = file.read(MEMBER + 1)
+            members = untar(path, file)
+        elif is_latex(path) or depth and re.search(rb'\\(document|begin|input|def)', head):
+            data = Capped(file).read(MEMBER + 1)
             if len(data) > MEMBER:
-                raise ValueError(f'it is larger than {MEMBER >> 20} MB')
+                raise ValueError(f'larger than {MEMBER >> 20} MB')
             yield path, data
-    except Exception as error:  # whatever a damaged archive may cause
-        note(path, 'skipped', why=f'{error}' or type(error).__name__)
+            return
+        elif re.search(ARCHIVE, path, re.I):
+            raise ValueError('not an archive')
+        else:
+            return
+        for name, data in sorted(members):
+            if len(data) > MEMBER:
+                note(name, 'skipped', why=f'larger than {MEMBER >> 20} MB')
+            else:
+                yield from unpack(name, io.BytesIO(data), depth + 1)
+    except Exception as error:  # whatever a damaged file may cause
+        note(path, 'skipped', why=str(error) or type(error).__name__)
 
 
 def is_tar(head):
-    try:
+    """Whether the first 512 bytes are the header of a tar: its check sum says so."""
+    with contextlib.suppress(tarfile.HeaderError):
         return bool(tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape'))
-    except tarfile.HeaderError:
-        return False
 
 
-def untar(path, file, depth):
-    """The members of a tar, which is read from its beginning to its end."""
-    members = []
+def ungzip(path, file):
+    if is_tar(file.read(512)):
+        file.seek(0)
+        return untar(path, file)
+    file.seek(0)
+    return [(re.sub(r'\.gz$', '', path), file.read(MEMBER + 1))]
+
+
+def untar(path, file):
     with tarfile.open(fileobj=Capped(file), mode='r|') as archive:
-        for member in archive:
-            name = f'{path}/{member.name}'
-            if member.isfile() and wanted(name):
-                data = archive.extractfile(member).read(MEMBER + 1)
-                members += unpack(name, io.BytesIO(data), depth + 1)
-    yield from sorted(members)
+        return [(f'{path}/{member.name}', archive.extractfile(member).read(MEMBER + 1))
+                for member in archive if member.isfile() and wanted(member.name)]
+
+
+def unzip(path, file):
+    members, left = [], WHOLE
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.flag_bits & 1:
+                note(f'{path}/{member.filename}', 'skipped', why='encrypted')
+            elif wanted(member.filename) and not member.is_dir():
+                with archive.open(member) as inside:
+                    members.append((f'{path}/{member.filename}', inside.read(MEMBER + 1)))
+                left -= len(members[-1][1])
+                if left < 0:
+                    raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
+    return members
 
 
 def wanted(name):
-    """LaTeX, an archive, or a name without an ending, as arXiv gives."""
-    return is_latex(name) or bool(re.search(r'\.(zip|tar|t?gz)$|/[^/.]*$|/[\d.]+(v\d+)?$', name))
+    """LaTeX, an archive, or what arXiv hands out: a name without an ending, or a number."""
+    base = name.split('/')[-1]
+    return is_latex(base) or bool(re.search(ARCHIVE, base, re.I)
+                                  or re.fullmatch(r'[^.]*|[\d.]+(v\d+)?', base))
 
 
 def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
     for path in files(source) if os.path.isdir(source) else [source]:
-        if wanted('/' + os.path.basename(path)) or path == source:
+        if wanted(os.path.basename(path)) or path == source:
             try:
                 with open(path, 'rb') as file:
                     yield from unpack(path, file)
@@ -174,11 +186,11 @@ def decode(data):
                         (codecs.BOM_UTF16_BE, 'utf-16')):
         if data.startswith(mark):
             return data.decode(codec, 'replace')
-    declared = re.search(rb'\\usepackage\s*\[([\w-]+)\]\s*\{inputenc\}', data)
+    declared = re.search(rb'\[((?:latin|ansi|apple|mac|cp|koi|iso)[\w-]*)\]\s*\{inputenc\}', data)
     declared = declared.group(1).decode() if declared else 'latin-1'
     codec = {'ansinew': 'cp1252', 'applemac': 'mac-roman'}.get(declared, declared)
     for codec, errors in (('utf-8', 'strict'), (codec, 'replace'), ('latin-1', 'replace')):
-        with contextlib.suppress(UnicodeDecodeError, LookupError):
+        with contextlib.suppress(UnicodeError, LookupError):
             return data.decode(codec, errors)
 
 

@@ -24,7 +24,7 @@ try:
 except ImportError:  # on Windows, where two runs in one folder are not noticed
     fcntl = None
 
-from gpt import ACTIVATIONS, GPT, GPTConfig, Muon, TOKENIZERS
+from gpt import ACTIVATIONS, GPT, GPTConfig, Muon, POSITIONS, TOKENIZERS
 from gpt import checkpoint, fail, generate, limit, load, override, pick_device, write
 import torch
 import torch.distributed as dist
@@ -94,14 +94,11 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
             fail(f'--{name}={config[name]}: this run has {known[name]}, to its end')
 elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
     model, tokenizer, _ = load(init_from)
-    block_size = model.config.block_size
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
+    block_size, model.config.dropout = model.config.block_size, dropout
 limit(config, max_iters=(0, 10**9), max_minutes=(0, 10**6), eval_interval=(1, 10**9),
       batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), block_size=(1, 2**16),
       n_layer=(0, 1000), n_head=(1, 1000), n_embd=(1, 2**16), head_dim=(0, 2**14),
-      mlp_dim=(0, 2**18), dropout=(0, 0.99), position=['rotary', 'learned', 'none'],
+      mlp_dim=(0, 2**18), dropout=(0, 0.99), position=POSITIONS,
       activation=list(ACTIVATIONS), optimizer=['muon', 'adamw'], learning_rate=(0, 10),
       matrix_rate=(0, 10), table_rate=(0, 10), beta1=(0, 0.9999), beta2=(0, 0.999999),
       weight_decay=(0, 10), grad_clip=(0, 10**6), warmup_iters=(0, 10**9), seed=(0, 2**31),
@@ -113,6 +110,7 @@ if position == 'rotary' and (head_dim or n_embd // n_head) % 2:
 
 # one process, or one of several that torchrun has started
 START = time.perf_counter()
+COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if world > 1 and torch.cuda.is_available()
                      else device)
@@ -187,15 +185,19 @@ optimizers = [torch.optim.AdamW(
     betas=(beta1, beta2), weight_decay=weight_decay)]
 if optimizer == 'muon' and matrices:
     optimizers.append(Muon(matrices, dict(lr=matrix_rate, momentum=0.95)))
-for group in (group for one in optimizers for group in one.param_groups):
-    group['rate'] = group['lr']
-i, best, log, losses = 0, math.inf, [], []
+groups = [group for one in optimizers for group in one.param_groups]
+rates = [group['lr'] for group in groups]
+i, best, seconds, log, losses = 0, math.inf, 0.0, [], []  # the state of a run, beside the weights
 if saved:
     try:
+        i, best, seconds, threads = (saved[name] for name in ('step', 'best', 'seconds', 'threads'))
+        log, losses = [list(row) for row in saved['log']], list(saved['losses'])
+        assert sum([best, seconds, *losses, *itertools.chain(*log)]) >= 0
+        assert all(len(row) == len(COLUMNS) for row in log) and 0 < threads <= 1024 and 0 <= i < 2**31
         for one, state in zip(optimizers, saved['optimizers']):
             one.load_state_dict(state)
-        i, best, losses = int(saved['step']), float(saved['best']), list(saved['losses'])
-        log = [[int(row[0]), int(row[1]), *map(float, row[2:])] for row in saved['log']]
+            assert all(x.shape in ((), w.shape) for w in one.state for x in one.state[w].values())
+        groups = [group for one in optimizers for group in one.param_groups]
     except Exception as error:  # whatever a damaged file may cause
         fail(f'{out_dir}/last.pt: no run that can be resumed ({type(error).__name__}: {error})')
 net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -247,7 +249,6 @@ def measure():
     model.zero_grad()
     return fastest
 
-threads = saved.get('threads', threads)
 speed, threads = measure()
 torch.set_num_threads(threads)
 
@@ -270,7 +271,7 @@ def schedule(i, progress):
 
 def clock():
     """Seconds that the run has taken, those before it was resumed included."""
-    return saved.get('seconds', 0) + time.perf_counter() - START
+    return seconds + time.perf_counter() - START
 
 def time_left():
     left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
@@ -369,7 +370,7 @@ def report():
     bits = val_loss / math.log(2) * tokens_a_character
     train_loss = sum(losses) / len(losses) if losses else val_loss
     log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
-                optimizers[0].param_groups[0]['lr']])
+                groups[0]['lr']])
     print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
           f'{bits:.2f} bits/char, {speed:.0f} tok/s, {time_left()}'
           + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
@@ -389,7 +390,6 @@ def on_signal(number, frame):
         os._exit(128 + number)
     stopping = number
 
-COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
 def hold(folder):
     """The lock of a run's folder: the system lets go of it when the process ends, however."""
     os.makedirs(folder, exist_ok=True)
@@ -433,8 +433,8 @@ while True:
         break
 
     began = time.perf_counter()
-    for group in (group for one in optimizers for group in one.param_groups):
-        group['lr'] = group['rate'] * schedule(i, progress)
+    for group, rate in zip(groups, rates):
+        group['lr'] = rate * schedule(i, progress)
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
     loss = 0
     for x, y in get_batch(i):
