@@ -10,7 +10,6 @@ Read it from top to bottom. One letter has one meaning throughout, and a comment
 import argparse, codecs, functools, io, math, os, pathlib, re, signal, sys, warnings, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # a waiting thread leaves its core to others
 warnings.filterwarnings('ignore', 'Failed to initialize NumPy')  # none is needed
 import torch
@@ -157,8 +156,8 @@ def attention(q, k, v):
     """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
     of its past, weighted by how well keys fit. To be read: the model runs torch's fused version."""
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
+    scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)  # not the future
+    weights = scores.softmax(dim=-1)  # (B, H, T, T), each row sums to 1
     return weights @ v  # (B, H, T, D)
 
 def rotation(T, D, base=10_000):
@@ -221,8 +220,7 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.norm2(x)), p, self.training)  # (B, T, C)
 
 class GPT(nn.Module):
-    """Token ids (B, T) to logits (B, T, V): what comes next at each place. With n_layer=0 it is
-    the bigram model, a table of V x V logits that is the product of two."""
+    """Token ids (B, T) to logits (B, T, V). n_layer=0 is the bigram model, two tables' product."""
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -386,8 +384,10 @@ def load(path):
     """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
         size = os.path.getsize(path)
-        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
-            raise ValueError('it unpacks to more than it is')
+        parts = zipfile.ZipFile(path).infolist()  # no bomb; no program, which torch 2.5 would run
+        if (sum(part.file_size for part in parts) > size
+                or any(part.filename.endswith('constants.pkl') for part in parts)):
+            raise ValueError('it holds more than weights')
         saved = torch.load(path, map_location='cpu', weights_only=True)
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
         tokenizer = TOKENIZERS[kind](learned)
@@ -398,5 +398,4 @@ def load(path):
         model.load_state_dict(saved['model'])
         return model, tokenizer, saved
     except Exception as error:  # whatever a file that is missing, damaged or hostile may cause
-        why = (str(error) or type(error).__name__).splitlines()[0][:150]
-        fail(f'{path}: no checkpoint that can be read ({why})')
+        fail(f'{path}: no checkpoint that can be read ({str(error)[:150] or type(error).__name__})')

@@ -3,22 +3,34 @@ What the README and the code claim, each claim proved by running it, in the orde
 would teach it: papers, characters, batches, the bigram model, attention, the GPT, its training.
 
     python -m pytest
+    python test_gpt.py --torture     what takes minutes: kills, bombs, long runs
 """
+import csv
 import doctest
+import gc
+import glob
 import gzip
 import io
 import json
 import math
 import os
+import pickle
 import random
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
+import time
 import zipfile
+import zlib
 from collections import Counter
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import gpt
 import pytest
@@ -72,8 +84,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
-    def run(script, *arguments, code=0):
-        threads = ('--threads=1',) if script == 'train.py' and code == 0 else ()
+    def run(script, *arguments, code=0, lines=1):
+        threads = ('--threads=1',) if script == 'train.py' and '--init_from=resume' not in arguments else ()
         monkeypatch.setattr(sys, 'argv', [script, *threads, *arguments])
         names, ended = {}, 0
         try:
@@ -87,7 +99,7 @@ def run(tmp_path, monkeypatch, capsys):
         assert ended == code, err or out
         assert 'Traceback' not in err
         if code == 2:
-            assert len(err.strip().splitlines()) == 1, err
+            assert len(err.strip().splitlines()) == lines, err
         return SimpleNamespace(out=out, err=err, **names)
     return run
 
@@ -696,3 +708,571 @@ def test_settings_are_taken_and_listed(run, papers):
 
 def test_the_docstrings_examples():
     assert doctest.testmod(gpt).failed == 0
+
+
+# ------------------------------------------------------------------------------ seeing it think
+
+def numbers(path):
+    """What a page shows."""
+    with open(path, encoding='utf-8') as file:
+        page = file.read()
+    assert not re.search('http|src=|@import|url\\(', page)  # nothing from elsewhere
+    data = re.search('^const D = (.*), N = D.ids', page, re.MULTILINE).group(1)
+    assert '<' not in data
+    return json.loads(data)
+
+
+def checkpoint(learned, **changes):
+    """A model with weights that say something and a char tokenizer, as out/ckpt.pt."""
+    tokenizer, model = gpt.CharTokenizer(learned), small(vocab_size=len(learned), **changes)
+    os.makedirs('out', exist_ok=True)
+    gpt.write({'out/ckpt.pt': gpt.checkpoint(model, tokenizer)})
+    return model, tokenizer
+
+
+NASTY = ['</script>', '<!--', '<b>', '&amp;', '"', '\\', '\n', '\u2028', ' ', 'a', gpt.UNKNOWN]
+
+
+@pytest.mark.parametrize('changes', [{}, dict(position='learned'), dict(n_layer=0)])
+def test_the_attention_page_shows_the_models_own_numbers(run, tmp_path, changes):
+    """Weights as computed from the first layer's W_Q and W_K, rows that sum to 1, and the
+    probabilities of what comes next."""
+    model, tokenizer = checkpoint('abcdefghi\n' + gpt.UNKNOWN, smear=False, **changes)
+    run('sample.py', '--start=abacad', '--attention=a.html')
+    page, idx = numbers('a.html'), torch.tensor([tokenizer.encode('abacad')])
+    assert page['ids'] == idx[0].tolist()
+    p = model(idx)[0].softmax(-1)
+    for t, likely in enumerate(page['likely']):
+        assert [x for _, x in likely] == sorted((x for _, x in likely), reverse=True)
+        assert all(x / 1e4 == pytest.approx(p[t, i].item(), abs=1e-4) for i, x in likely)
+        assert likely[0][0] == p[t].argmax()
+    for t in range(1, 6):
+        assert page['bits'][t] / 1e4 == pytest.approx(-p[t - 1, idx[0, t]].log2().item(), abs=1e-3)
+    if model.config.n_layer == 0:
+        assert page['layers'] == []
+        return
+    weights = torch.tensor(page['layers']) / 1e4  # (n_layer, H, T, T)
+    assert weights.shape == (2, 2, 6, 6) and weights.triu(1).count_nonzero() == 0
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6), atol=1e-3, rtol=0)
+    x = model.token(idx[0]) + (model.place.weight[:6] if 'position' in changes else 0)
+    x = F.layer_norm(x, [16])
+    W_Q, W_K, _ = model.blocks[0].attention.qkv.weight.view(3, 2, 8, 16)
+    for h in range(2):
+        q, k = x @ W_Q[h].T, x @ W_K[h].T
+        if 'position' not in changes:  # rotary: as complex numbers, times e^(i t / 10000^(2j/D))
+            turn = torch.outer(torch.arange(6), 10_000.0 ** (-torch.arange(4) / 4))
+            q, k = (torch.complex(*z.chunk(2, -1)) * torch.polar(torch.ones(6, 4), turn)
+                    for z in (q, k))
+        scores = (q @ k.mH).real if q.is_complex() else q @ k.T
+        scores = scores / math.sqrt(8) + torch.full((6, 6), -math.inf).triu(1)
+        torch.testing.assert_close(weights[0, h], scores.softmax(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('block_size', [1, 2, 5, 16])
+@pytest.mark.parametrize('length', [2, 5, 16, 17, 41])
+def test_the_score_of_a_text(run, tmp_path, block_size, length):
+    """Bits per character, token by token: each given all of the window that it is scored in."""
+    model, tokenizer = checkpoint('abcdefghi\n' + gpt.UNKNOWN, block_size=block_size)
+    text = ''.join('abcdefghi\nz'[i * i % 11] for i in range(length))
+    (tmp_path / 'text.tex').write_text(text)
+    result = run('sample.py', '--text=text.tex', '--page=t.html')
+    ids, bits, new = tokenizer.encode(text), [0], (block_size + 1) // 2
+    for t in range(1, length):  # place t - 1 is read in window n, which begins at n * new
+        n = max(0, -(-(t - block_size) // new))
+        seen = torch.tensor([ids[n * new:t]])
+        assert seen.size(1) == t if t <= block_size else seen.size(1) > block_size // 2
+        bits.append(-model(seen)[0, -1].log_softmax(-1)[ids[t]].item() / math.log(2))
+    assert f'{sum(bits) / (length - 1):.3f} bits per character' in result.out
+    assert [b / 1e4 for b in numbers('t.html')['bits']] == pytest.approx(bits, abs=1e-3)
+
+
+def test_hostile_tokens_stay_text(run, tmp_path):
+    """Whatever a token is, the page has one script and no tag of the text's."""
+    checkpoint(NASTY)
+    (tmp_path / '<i>.tex').write_text('a a\n' * 9)
+    run('sample.py', '--start=a a\n a', '--attention=a.html')
+    run('sample.py', '--text=<i>.tex', '--page=t.html')
+    for path in ('a.html', 't.html'):
+        assert numbers(path)['tokens'] == NASTY
+        page = (tmp_path / path).read_text(encoding='utf-8')
+        assert page.count('</script>') == 1 and '<!--' not in page and '<i>' not in page
+        assert '<b>' not in page and '\u2028' not in page
+    bpe = gpt.BPETokenizer([])  # of which most tokens are a part of a character
+    gpt.write({'out/ckpt.pt': gpt.checkpoint(small(vocab_size=256), bpe)})
+    run('sample.py', '--start=\u00e9', '--attention=a.html')
+    assert [numbers('a.html')['tokens'][i] for i in bpe.encode('\u00e9')] == ['\\xc3', '\\xa9']
+
+
+@pytest.mark.parametrize('arguments, hint', [
+    (['--page=p.html'], '--text'), (['--text=nowhere.tex'], 'nowhere.tex'),
+    (['--text=one.tex'], 'too short'), (['--attention=no/where.html'], 'no/where.html')])
+def test_pages_fail_in_one_line(run, tmp_path, arguments, hint):
+    checkpoint('abc\n' + gpt.UNKNOWN)
+    (tmp_path / 'one.tex').write_text('a')
+    assert hint in run('sample.py', *arguments, code=2).err
+
+
+@pytest.mark.parametrize('log', [
+    [[0, 0, 1.0, 4.0, 4.0, 2.0, 0.1]],
+    [[i, 8 * i, i, 4 / (i + 1), 4 / (i + 1), 2 / (i + 1), 0.1] for i in range(1000)],
+    [[i, 8 * i, i, 400.0, 400.0, 200.0, 0.1] for i in range(3)],
+    [[i, 8 * i, i, math.nan, math.inf, math.inf, 0.1] for i in range(3)],
+    [[i, 8 * i, i, 0.0, 0.0, 0.0, 0.1] for i in range(3)]])
+def test_the_picture_of_the_loss(run, papers, log):
+    """XML; nothing outside the frame, no label on another; each curve with its last value."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    loss_svg = run('train.py', *TINY, '--max_iters=0').loss_svg
+    svg = ElementTree.fromstring(loss_svg(log, dict(uniform=4.0, unigram=3.0, bigram=2.9)))
+    words = [e for e in svg.iter() if e.tag.endswith('text')]
+    labels = {e.text: float(e.get('y')) for e in words if ' ' in e.text}
+    for wanted in ('uniform 4.00', 'unigram 3.00', 'bigram 2.90', f'validation {log[-1][5]:.2f}'):
+        assert wanted in labels
+    ends = sorted(labels.values())
+    assert all(b - a >= 16 for a, b in zip(ends, ends[1:])) and 0 < ends[0] and ends[-1] < 390
+    for path in (e for e in svg.iter() if e.tag.endswith('path')):
+        xy = [float(number) for number in re.findall(r'[\d.-]+', path.get('d'))]
+        assert all(0 <= x <= 740 for x in xy[::2]) and all(0 <= y <= 390 for y in xy[1::2])
+
+
+# ------------------------------------------------------------------------------ nothing lost
+
+
+@pytest.fixture
+def base(run, papers):
+    """A data set and a run of six steps in out."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    return run('train.py', *TINY)
+
+
+def after_step(monkeypatch, n, act):
+    """Let act() happen after the n-th step."""
+    step, steps = torch.optim.AdamW.step, []
+
+    def stepped(self, *arguments):
+        steps.append(step(self, *arguments))
+        if len(steps) == n:
+            act()
+    monkeypatch.setattr(torch.optim.AdamW, 'step', stepped)
+
+
+def full(monkeypatch, when):
+    """A disk that is full at the calls of fsync whose number `when` is true of."""
+    fsync, calls = os.fsync, []
+
+    def failing(descriptor):
+        calls.append(descriptor)
+        if when(len(calls)):
+            raise OSError(28, 'No space left on device')
+        fsync(descriptor)
+    monkeypatch.setattr(os, 'fsync', failing)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, papers, monkeypatch):
+    """One line, nothing half left behind, and the run ends as it would have ended."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    full(monkeypatch, lambda call: call == 5)
+    result = run('train.py', *TINY, '--eval_interval=1')
+    assert result.err.count('No space left on device') == 1 and 'Traceback' not in result.err
+    assert torch.load('out/last.pt', weights_only=True)['step'] == 6 and not glob.glob('out/*.tmp')
+
+
+def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, monkeypatch):
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    full(monkeypatch, lambda call: os.path.exists('out/last.pt'))
+    assert run('train.py', *TINY, code=2, lines=3).err.count('No space left') == 2
+    assert torch.load('out/last.pt', weights_only=True)['step'] == 0 and not glob.glob('out/*.tmp')
+
+
+def test_a_folder_that_vanished_is_made_again(run, papers, monkeypatch):
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    after_step(monkeypatch, 4, lambda: shutil.rmtree('out'))
+    run('train.py', *TINY)
+    assert torch.load('out/last.pt', weights_only=True)['step'] == 6
+
+
+def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, monkeypatch):
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    before = {path: open(path, 'rb').read() for path in glob.glob('data/mine/*')}
+    full(monkeypatch, lambda call: call == 2)
+    (papers / 'a.tex').write_text(corpus(9))
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300', code=2)
+    assert {path: open(path, 'rb').read() for path in glob.glob('data/mine/*')} == before
+
+
+@pytest.mark.parametrize('out_dir', ['file', 'file/x', 'x' * 300, ''])
+def test_an_out_dir_that_cannot_be_is_refused(run, papers, tmp_path, out_dir):
+    (tmp_path / 'file').write_text('x')
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    assert 'out_dir' in run('train.py', *TINY, f'--out_dir={out_dir}', code=2).err
+
+
+@pytest.mark.parametrize('interval, stop', [(1, False), (6, False), (6, True)])
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(run, papers, monkeypatch, interval, stop):
+    """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    models, made = [], gpt.GPT.__init__
+    monkeypatch.setattr(gpt.GPT, '__init__', lambda self, c: (made(self, c), models.append(self))[0])
+
+    def poison():
+        models[0].token.weight.data.fill_(float('nan'))
+        if stop:
+            os.kill(os.getpid(), signal.SIGINT)
+    after_step(monkeypatch, 3, poison)
+    result = run('train.py', *TINY, f'--eval_interval={interval}', code=2)
+    assert 'step 3' in result.err and 'rate' in result.err
+    for name in ('ckpt.pt', 'last.pt'):
+        saved = torch.load(f'out/{name}', weights_only=True)['model']
+        assert all(w.isfinite().all() for w in saved.values())
+
+
+def test_a_second_run_in_the_same_folder_stops(base, run):
+    """The lock is the system's: it goes with the process, however that ends."""
+    fcntl = pytest.importorskip('fcntl')
+    with open('out/.lock', 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = open('out/last.pt', 'rb').read()
+        assert 'at work' in run('train.py', *TINY, code=2).err
+        assert 'at work' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
+        assert open('out/last.pt', 'rb').read() == before and not os.path.exists('out.1')
+    run('train.py', *TINY)
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'last.pt', 'log.csv'])
+def test_killed_between_two_renames_a_resumed_run_ends_the_same(base, run, monkeypatch, name):
+    """os.replace dies on the way to `name` in the last evaluation."""
+    whole, replace, calls = base.model.state_dict(), os.replace, []
+
+    def dying(a, b):
+        calls.append(b)
+        if b.endswith(name) and sum(c.endswith(name) for c in calls) == 3:
+            raise KeyboardInterrupt
+        replace(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', dying)
+        try:
+            run('train.py', *TINY, '--out_dir=cut')
+        except KeyboardInterrupt:
+            pass
+    gc.collect()  # the lock goes with the process, here with its variables
+    run('train.py', '--init_from=resume', '--out_dir=cut')
+    saved = torch.load('cut/last.pt', weights_only=True)
+    assert all(torch.equal(w, saved['model'][name]) for name, w in whole.items())
+    with open('cut/log.csv', newline='') as file:
+        assert len(list(csv.reader(file))) == 1 + len(saved['log']) == 4
+
+
+# ------------------------------------------------------------------------------ nothing let in
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('pwned',)
+
+
+DOUBLING = [[97, 97]] + [[256 + i, 256 + i] for i in range(43)]
+HOSTILE = {  # what is changed in a checkpoint: a path of keys, and what stands there
+    'code': (('log',), Evil()), 'version': (('version',), 2), 'none': (('model', 'token.weight'), None),
+    'shape': (('model', 'token.weight'), torch.zeros(2, 2)), 'layers': (('config', 'n_layer'), 10**9),
+    'size': (('config', 'vocab_size'), 10**12), 'negative': (('config', 'n_embd'), -16),
+    'block 0': (('config', 'block_size'), 0), 'block x': (('config', 'block_size'), 'x'),
+    'block': (('config', 'block_size'), 10**12), 'nan': (('config', 'dropout'), float('nan')),
+    'position': (('config', 'position'), 'left'), 'double': (('tokenizer', 1), DOUBLING[:20]),
+    'range': (('tokenizer', 1), [[999, 1]] * 44), 'kind': (('tokenizer', 0), 'no'),
+    'short': (('tokenizer', 1), [[97, 98]]), 'unknown': (('tokenizer',), ['char', ['a'] * 300]),
+    'list': (('config',), [])}
+STATE = {
+    'settings': (('settings',), []), 'setting': (('settings', 'learning_rate'), 'x'),
+    'seed': (('settings', 'seed'), 1.5), 'data': (('settings', 'data_dir'), None),
+    'log': (('log',), 'x'), 'row': (('log',), [[]]), 'step': (('step',), -1), 'steps': (('step',), '3'),
+    'best': (('best',), 'x'), 'losses': (('losses',), ['a']), 'seconds': (('seconds',), 'x'),
+    'threads': (('threads',), -1), 'optimizers': (('optimizers',), [1, 2]),
+    'moments': (('optimizers', 0, 'state', 0), dict(step=torch.tensor(1.), exp_avg=torch.zeros(3)))}
+
+
+def spoil(path, keys, value):
+    """Change one thing in both checkpoints of out."""
+    for name in ('ckpt.pt', 'last.pt'):
+        saved = torch.load(f'out/{name}', weights_only=True)
+        inner = saved
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        torch.save(saved, f'out/{name}')
+
+
+@pytest.mark.parametrize('what', HOSTILE)
+def test_a_hostile_checkpoint_is_refused_by_every_script(base, run, what):
+    spoil('out', *HOSTILE[what])
+    for script, *how in (('sample.py',), ('train.py', '--init_from=resume'),
+                         ('train.py', *TINY, '--init_from=out/ckpt.pt', '--out_dir=new'),
+                         ('prepare.py', '--source=mine', '--tokenizer_from=out/ckpt.pt')):
+        assert 'checkpoint' in run(script, *how, code=2).err
+    assert not os.path.exists('pwned')
+
+
+def test_merges_that_double_take_no_memory():
+    """43 of them would make a token of 2^43 bytes."""
+    assert max(map(len, gpt.BPETokenizer(DOUBLING).tokens)) <= 256
+
+
+def test_tokens_that_double_take_no_memory():
+    """A token that's longer than any piece can't have been learned, and is cut."""
+    assert max(map(len, BPETokenizer(DOUBLING).tokens)) == 256
+
+
+@pytest.mark.parametrize('what', STATE)
+def test_a_damaged_state_is_not_resumed(base, run, what):
+    spoil('out', *STATE[what])
+    run('train.py', '--init_from=resume', '--max_iters=9', code=2)
+
+
+def test_a_checkpoint_that_is_cut_or_unpacks_to_more_is_refused(base, run):
+    with open('out/ckpt.pt', 'rb') as file:
+        data = file.read()
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as new:
+        for part in old.namelist():
+            new.writestr(part, old.read(part) + bytes(part.endswith('.pkl') * 2**24))
+    for bad in (b'', data[:1], data[:len(data) // 2], data[:-1], pickle.dumps(Evil()), bomb.getvalue()):
+        with open('out/ckpt.pt', 'wb') as file:
+            file.write(bad)
+        assert 'ckpt.pt' in run('sample.py', code=2).err
+    assert not os.path.exists('pwned')
+
+
+def test_torchscript_is_refused(base, run, monkeypatch):
+    """torch before 2.6 runs what's in such a file though it's asked for weights only."""
+    monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('torch has seen it'))
+    with zipfile.ZipFile('out/ckpt.pt', 'a') as file:
+        file.writestr(file.namelist()[0].split('/')[0] + '/constants.pkl', b'')
+    assert 'ckpt.pt' in run('sample.py', code=2).err
+
+
+@pytest.mark.parametrize('change', [
+    dict(tokenizer='x'), dict(tokenizer={'kind': 'no', 'learned': []}), dict(train={}), dict(val=[]),
+    dict(tokenizer={'kind': 'char', 'learned': ['a'] * 300}), dict(train=None),
+    dict(tokenizer={'kind': 'bpe', 'learned': DOUBLING[:9]})])
+def test_a_meta_json_that_is_damaged_is_refused(base, run, change):
+    with open('data/mine/meta.json') as file:
+        meta = json.load(file)
+    with open('data/mine/meta.json', 'w') as file:
+        json.dump({**meta, **change}, file)
+    assert 'prepare.py' in run('train.py', *TINY, '--out_dir=new', code=2).err
+
+
+@pytest.mark.parametrize('meta', [b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))])
+def test_a_meta_json_that_is_none_is_refused(base, run, meta):
+    with open('data/mine/meta.json', 'wb') as file:
+        file.write(meta)
+    assert 'prepare.py' in run('train.py', *TINY, '--out_dir=new', code=2).err
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+@pytest.mark.parametrize('data', [b'', b'\1\0' * 500 + b'\1', b'\1\0' * 500 + b'\xff\xff', b'\1\0' * 9])
+def test_tokens_that_cannot_be_are_refused(base, run, name, data):
+    """Cut, odd, beyond the vocabulary, shorter than a block, though all sums are right."""
+    with open(f'data/mine/{name}.bin', 'wb') as file:
+        file.write(data)
+    with open('data/mine/meta.json') as file:
+        meta = json.load(file)
+    meta[name].update(crc32=zlib.crc32(data), tokens=len(data) // 2)
+    with open('data/mine/meta.json', 'w') as file:
+        json.dump(meta, file)
+    assert f'{name}.bin' in run('train.py', *TINY, '--out_dir=new', code=2).err
+
+
+def test_a_model_whose_block_is_longer_than_the_data_is_refused(base, run):
+    run('train.py', *TINY, '--block_size=300', '--out_dir=long')
+    with open('few.tex', 'w') as file:
+        file.write(corpus(5, 40))
+    run('prepare.py', '--source=few.tex', '--dataset=mine', '--tokenizer_from=long/ckpt.pt')
+    assert 'block_size=300' in run('train.py', *TINY, '--init_from=long/ckpt.pt', code=2).err
+
+
+@pytest.mark.parametrize('codec', ['undefined', 'idna', 'unicode_escape', 'utf-7', 'rot13', 'punycode'])
+def test_no_declared_encoding_breaks_or_gives_half_a_character(run, tmp_path, codec):
+    (tmp_path / 'a.tex').write_bytes(b'\\usepackage[%s]{inputenc} \\ud800 +2AA- \xff\n' % codec.encode() * 9)
+    run('prepare.py', '--source=a.tex', '--tokenizer=char').text.encode()
+
+
+@pytest.mark.parametrize('name', ['x.zip', 'x.tar', 'x.gz', 'x.tgz', 'X.ZIP'])
+def test_what_is_called_an_archive_and_is_none_is_counted(run, papers, name):
+    (papers / name).write_bytes(b'not an archive')
+    result = run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    assert [row['status'] for row in result.sources if row['path'].endswith(name)] == ['skipped']
+
+
+def test_nothing_is_written_where_an_archive_says(run, tmp_path, papers):
+    """../ and absolute names are names; links, devices, bombs and lies are skipped."""
+    one = corpus(3).encode()
+    archive(papers / 'x.zip', 'zip', {'../../up.tex': one, str(tmp_path / 'abs.tex'): one + b'.'})
+    with tarfile.open(papers / 'y.tar', 'w') as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            link = tarfile.TarInfo('link.tex')
+            link.type, link.linkname = kind, '/etc/passwd'
+            tar.addfile(link)
+    (papers / 'z.gz').write_bytes(gzip.compress(bytes(2**27), 1))
+    result = run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    assert 'root:' not in result.text and not (tmp_path / 'abs.tex').exists()
+    assert sorted(os.listdir(tmp_path)) == ['data', 'mine']
+    assert 'z' in [row['path'][-1] for row in result.sources if row['status'] == 'skipped']
+
+
+@pytest.mark.parametrize('script, how', [
+    ('sample.py', ['--start=\udcff']), ('prepare.py', ['--source=mine', '--dataset=\udcff'])])
+def test_bytes_that_are_no_text_are_printed_somehow(base, run, script, how):
+    run(script, *how)
+
+
+@pytest.mark.parametrize('start', ['', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null'])
+@pytest.mark.parametrize('kind', ['char', 'word', 'bpe'])
+def test_every_prompt_is_gone_on_from(run, papers, kind, start):
+    run('prepare.py', '--source=mine', '--dataset=mine', f'--tokenizer={kind}', '--vocab_size=300')
+    run('train.py', *TINY, '--max_iters=0')
+    assert run('sample.py', '--max_new_tokens=20', f'--start={start}').out
+    for bad in ('FILE:', 'FILE:mine', 'FILE:no\nwhere'):
+        assert 'start' in run('sample.py', f'--start={bad}', code=2).err
+
+
+# ------------------------------------------------------------------------------ the torture
+
+FAST = ['--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--batch_size=4', '--threads=1',
+        '--dataset=mine', '--dropout=0.1']
+
+
+def start(script, *arguments, launcher=(sys.executable,)):
+    return subprocess.Popen([*launcher, os.path.join(HERE, script), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+
+
+def ended(process):
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def whole(folder):
+    """Both checkpoints load, no row of the log is torn. Returns the newest state."""
+    saved = [torch.load(path, weights_only=True) for path in
+             glob.glob(f'{folder}/ckpt.pt') + glob.glob(f'{folder}/last.pt')]
+    for path in glob.glob(f'{folder}/log.csv'):
+        with open(path, newline='') as file:
+            assert all(len(row) == 7 for row in csv.reader(file))
+    return saved[-1] if saved else None
+
+
+def torture_kill(n=100):
+    """Killed at n moments, saving among them, every run ends bit for bit as if never stopped."""
+    chance, kills = random.Random(0), 0
+    for kind in 3 * ['char', 'word', 'bpe']:
+        assert ended(start('prepare.py', '--source=mine', '--dataset=mine', f'--tokenizer={kind}',
+                           '--vocab_size=300'))[0] == 0
+        shutil.rmtree('whole', ignore_errors=True)
+        began = time.time()
+        settings = [*FAST, '--max_iters=300', '--eval_interval=1']
+        assert ended(start('train.py', *settings, '--out_dir=whole'))[0] == 0
+        most, expected = time.time() - began, whole('whole')
+        shutil.rmtree('out', ignore_errors=True)
+        for _ in range(n // 9 + 1):
+            process = start('train.py', *(['--init_from=resume'] if os.path.exists('out/last.pt') else settings))
+            try:
+                process.communicate(timeout=chance.uniform(0.2, 0.5) * most)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+                process.communicate()
+            whole('out')
+        assert ended(start('train.py', *(['--init_from=resume'] if os.path.exists('out/last.pt') else settings)))[0] == 0
+        saved = whole('out')
+        assert all(torch.equal(w, saved['model'][name]) for name, w in expected['model'].items())
+        assert [row[3:] for row in saved['log']] == [row[3:] for row in expected['log']]
+    return f'{kills} kills, all runs ended the same'
+
+
+def torture_prepare(n=30):
+    """Killed anywhere, the data set is the old one, the new one, or refused; never trained on mixed."""
+    found = {'trained': 0, 'refused': 0}
+    for i in range(n):
+        with open('mine/a.tex', 'w') as file:
+            file.write(corpus(i))
+        process = start('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+        time.sleep(random.Random(i).uniform(1, 4))
+        process.kill()
+        process.communicate()
+        code, out = ended(start('train.py', *FAST, '--max_iters=0', f'--out_dir=p{i}'))
+        assert code == 0 or code == 2 and 'prepare.py' in out, out
+        found['refused' if code else 'trained'] += 1
+    return found
+
+
+def torture_ranks():
+    """torchrun with a rank killed ends all ranks, and leaves whole files and no lock."""
+    for victim in (0, 1):
+        shutil.rmtree('ranks', ignore_errors=True)
+        process = start('train.py', *FAST, '--max_iters=1000000', '--eval_interval=20', '--out_dir=ranks',
+                        launcher=(sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2'))
+        time.sleep(20)
+        children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[victim]), signal.SIGKILL)
+        assert ended(process)[0] and whole('ranks')['step'] > 0
+        assert not subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True).stdout
+        assert ended(start('train.py', '--init_from=resume', '--out_dir=ranks', '--max_iters=1'))[0] == 0
+    return 'all ranks ended'
+
+
+def torture_bombs():
+    """10 GB of zeros in a gz, a tar.gz and a zip: skipped in seconds, in bounded memory."""
+    os.makedirs('bombs', exist_ok=True)
+    with open('bombs/a.tex', 'w') as file:
+        file.write(corpus())
+    head = tarfile.TarInfo('a.tex')
+    head.size = 10 * 2**30
+    for name, first in (('x.gz', b''), ('x.tar.gz', head.tobuf())):
+        with gzip.open(f'bombs/{name}', 'wb', 1) as file:
+            file.write(first)
+            for _ in range(10 * 2**10):
+                file.write(bytes(2**20))
+    with zipfile.ZipFile('bombs/x.zip', 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
+        for i in range(10):
+            with bomb.open(f'{i}.tex', 'w', force_zip64=True) as file:
+                for _ in range(2**10):
+                    file.write(bytes(2**20))
+    code, out = ended(start('prepare.py', '--source=bombs', '--dataset=bombs', '--vocab_size=300'))
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)
+    assert code == 0 and '3 skipped' in out and most < 1500, (out, most)
+    return f'skipped, at most {most} MB'
+
+
+def torture_long():
+    """20,000 steps and 100,000 tokens without growth of memory."""
+    def grown(script, *how):
+        process, seen = start(script, *how), []
+        reader = threading.Thread(target=process.stdout.read)
+        reader.start()
+        while process.poll() is None:
+            with open(f'/proc/{process.pid}/statm') as file:
+                seen.append(int(file.read().split()[1]) * 4 // 1024)
+            time.sleep(0.5)
+        reader.join()
+        assert process.returncode == 0
+        seen = seen[len(seen) // 3:-1]
+        assert max(seen) < min(seen) + 30, seen
+        return f'{min(seen)} to {max(seen)} MB'
+    return (grown('train.py', *FAST, '--max_iters=20000', '--eval_interval=1000', '--out_dir=long'),
+            grown('sample.py', '--out_dir=long', '--max_new_tokens=100000'))
+
+
+def torture():
+    """All that takes minutes, in a folder of its own: python test_gpt.py --torture"""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.makedirs('mine')
+        for name in ('a', 'b'):
+            with open(f'mine/{name}.tex', 'w') as file:
+                file.write(corpus(ord(name)))
+        assert ended(start('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300'))[0] == 0
+        for name, function in list(globals().items()):
+            if name.startswith('torture_'):
+                print(f'{function.__doc__.strip()}\n    {function()}', flush=True)
+
+
+if __name__ == '__main__' and '--torture' in sys.argv:
+    torture()

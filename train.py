@@ -39,20 +39,20 @@ data_dir = 'data'  # the folder of data sets
 dataset = 'papers'  # the data set
 init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
 # how long
-max_iters = 1000  # steps
+max_iters = 2000  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
-eval_interval = 100  # steps from one evaluation to the next
+eval_interval = 200  # steps from one evaluation to the next
 # the batch of one step
-batch_size = 16  # blocks that go through the model at once
+batch_size = 8  # blocks that go through the model at once
 gradient_accumulation_steps = 1  # as many times, one after the other
 block_size = 128  # tokens that the model sees at once (T)
 # the model
-n_layer = 2  # blocks, 0 for the bigram model
+n_layer = 3  # blocks, 0 for the bigram model
 n_head = 4  # heads of self-attention (H)
-n_embd = 128  # channels (C)
+n_embd = 96  # channels (C)
 head_dim = 0  # dimension of a head (D), 0 for n_embd / n_head
 mlp_dim = 0  # inner dimension of the MLP, 0 for 4 n_embd
-dropout = 0.0  # share of channels that are left out at random
+dropout = 0.2  # share of channels left out at random, against learning by heart; 0 for large corpora
 position = 'rotary'  # rotary, learned or none
 norm_weights = False  # weights and biases in layer normalization
 activation = 'relu2'  # relu2, relu or gelu
@@ -70,7 +70,7 @@ beta1 = 0.8  # adamw's momentum
 beta2 = 0.99  # adamw's memory of squares
 weight_decay = 0.0  # adamw's
 grad_clip = 0.0  # the largest norm of the gradient, 0 for any
-warmup_iters = 10  # steps in which the rates rise to their value
+warmup_iters = 30  # steps in which the rates rise to their value
 decay_lr = True  # let the rates fall to 0 in a line
 # the machine
 seed = 1337  # what step i does depends on the seed and i alone
@@ -354,7 +354,7 @@ def keep(*names):
         write({os.path.join(out_dir, name): data for name, data in files.items()})
         return True
     except OSError as error:
-        print(f'\nnot saved ({error.filename or out_dir}: {error.strerror}); what was saved before '
+        print(f'not saved ({error.filename or out_dir}: {error.strerror}); what was saved before '
               'is whole', file=sys.stderr)
 
 def report():
