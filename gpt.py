@@ -1,21 +1,20 @@
 """A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
-Read it from top to bottom. One letter has one meaning throughout, and a comment such as
-(B, T, C) is the shape of what has just been computed:
+A letter has one meaning throughout; a comment like (B, T, C) is the shape of what stands before.
 
     B batch, texts read side by side      V vocabulary size
     T time, tokens of a text              H heads
     C channels, the width of the model    D dimension of a head, d_k in [1]
 [1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
+[2] before torch is loaded: threads that have waited for a while leave their core to others
 """
 import argparse, codecs, functools, io, math, os, pathlib, re, signal, sys, warnings, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # a waiting thread leaves its core to others
+os.environ.update({'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '10000', **os.environ})  # [2]
 warnings.filterwarnings('ignore', 'Failed to initialize NumPy')  # none is needed
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 # -- Tokens: a text becomes integers 0 ... V-1, and comes back from them --------------------------
 MAX_VOCAB = 2**16  # a token is stored in 16 bits
 UNKNOWN = '\ufffd'  # stands for what the char and the word tokenizer have not seen
@@ -148,16 +147,20 @@ class GPTConfig:
 
     @property
     def n_params(self):
-        """The exact number of parameters, counted on a device that has shapes and no memory."""
-        with torch.device('meta'):
-            return sum(p.numel() for p in GPT(self).parameters())
+        """The exact number of parameters."""
+        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
+        norm, b = 2 * C * self.norm_weights, self.bias
+        attention = norm + 4 * C * HD + C * b + V * HD * self.value_embeddings
+        mlp = norm + 2 * C * M + (M + C) * b
+        once = C * self.smear + self.block_size * C * (self.position == 'learned')
+        ends = V * C * (2 - self.tied) + norm + V * b
+        return ends + self.n_layer * (attention + mlp) + once * (self.n_layer > 0)
 
 def attention(q, k, v):
     """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
     of its past, weighted by how well keys fit. To be read: the model runs torch's fused version."""
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
-    scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)  # not the future
-    weights = scores.softmax(dim=-1)  # (B, H, T, T), each row sums to 1
+    weights = (scores + torch.full_like(scores, -math.inf).triu(1)).softmax(dim=-1)  # 0 ahead
     return weights @ v  # (B, H, T, D)
 
 def rotation(T, D, base=10_000):
@@ -260,7 +263,6 @@ class GPT(nn.Module):
 
     def forward(self, idx):
         return self.head(self.hidden(idx, {}))
-
 # -- Generation -----------------------------------------------------------------------------------
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
@@ -286,7 +288,6 @@ def generate(model, idx, max_new_tokens, **how):
         new = next_token(model.head(model.hidden(new, cache)[:, -1]), **how)  # (B, 1)
         seen = torch.cat((seen, new), dim=1)[:, -window:]
         yield new[:, 0]
-
 # -- The optimizer --------------------------------------------------------------------------------
 def orthogonalize(G, steps=3):
     """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
@@ -312,10 +313,8 @@ class Muon(torch.optim.Optimizer):
                 M = self.state[W].setdefault('M', torch.zeros_like(W)).lerp_(W.grad, 1 - mu)
                 stacks[W.shape].append((W, W.grad.lerp(M, mu)))
             for (n, m), stack in stacks.items():  # matrices of one shape go through as one stack
-                weights, momenta = zip(*stack)
-                for W, X in zip(weights, orthogonalize(torch.stack(momenta))):
+                for (W, _), X in zip(stack, orthogonalize(torch.stack([N for _, N in stack]))):
                     W.add_(X, alpha=-lr * max(1, n / m) ** 0.5)
-
 # == What the scripts share and what isn't mathematics ============================================
 def fail(message):
     """End with one line that says what to do."""
@@ -383,17 +382,17 @@ def checkpoint(model, tokenizer, **more):
 def load(path):
     """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
-        size = os.path.getsize(path)
-        parts = zipfile.ZipFile(path).infolist()  # no bomb; no program, which torch 2.5 would run
-        if (sum(part.file_size for part in parts) > size
-                or any(part.filename.endswith('constants.pkl') for part in parts)):
-            raise ValueError('it holds more than weights')
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        data = pathlib.Path(path).read_bytes()
+        parts, size = zipfile.ZipFile(io.BytesIO(data)), len(data)
+        if (sum(part.file_size for part in parts.infolist()) > size or parts.testzip()
+                or data[:2] != b'PK' or b'constants.pkl' in data):  # which torch 2.5 would run
+            raise ValueError('damaged, or not of this program')
+        saved = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
         tokenizer = TOKENIZERS[kind](learned)
         if (saved['version'] != 1 or len(tokenizer.tokens) != config.vocab_size
                 or 4 * config.n_params > size):
-            raise ValueError('of another version of this program, or damaged')
+            raise ValueError('of another version of this program')
         model = GPT(config)
         model.load_state_dict(saved['model'])
         return model, tokenizer, saved

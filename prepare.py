@@ -146,7 +146,7 @@ def untar(path, file):
 
 
 def unzip(path, file):
-    members, left = [], WHOLE
+    members = []
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.flag_bits & 1:
@@ -154,8 +154,7 @@ def unzip(path, file):
             elif wanted(member.filename) and not member.is_dir():
                 with archive.open(member) as inside:
                     members.append((f'{path}/{member.filename}', inside.read(MEMBER + 1)))
-                left -= len(members[-1][1])
-                if left < 0:
+                if sum(len(data) for _, data in members) > WHOLE:
                     raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
     return members
 
@@ -171,9 +170,14 @@ def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
     for path in files(source) if os.path.isdir(source) else [source]:
         if wanted(os.path.basename(path)) or path == source:
+            left = WHOLE
             try:
                 with open(path, 'rb') as file:
-                    yield from unpack(path, file)
+                    for name, data in unpack(path, file):
+                        left -= len(data)
+                        if left < 0:
+                            raise OSError(0, f'unpacks to more than {WHOLE >> 20} MB')
+                        yield name, data
             except OSError as error:
                 note(path, 'skipped', why=error.strerror)
 
@@ -258,7 +262,7 @@ def yardsticks(train, val, V, characters):
 
 # -------------------------------------------------------------------------------------- the script
 
-if not os.path.exists(source):
+if not os.path.isfile(source) and not os.path.isdir(source):
     fail(f'--source={show(source)}: there is no such file or folder')
 texts, seen = [], set()
 for path, data in documents():
@@ -266,6 +270,7 @@ for path, data in documents():
         note(path, 'skipped', why='not a text')
         continue
     text = re.sub('\r\n?', '\n', decode(data))
+    text = re.sub(r'\n\s*\n\s*\n', '\n\n', text)  # the cleaner takes its time for each line
     cleaned, why = clean(text)
     cleaned = without_repeats(cleaned, seen)
     if cleaned.strip():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'  # the folder of the run
-start = '\n'  # the text to go on from, or FILE:path of a file with it
+start = '\\section{'  # the text to go on from, or FILE:path of a file with it
 num_samples = 1  # how many texts
 max_new_tokens = 800  # tokens in each
 temperature = 0.8  # below 1 bolder in what is likely, 0 always the likeliest

@@ -687,7 +687,7 @@ def test_nothing_trained_is_overwritten(run, papers):
     ('train.py', '--bach_size=3', 'bach_size'), ('train.py', '--batch_size=x', 'int'),
     ('train.py', '--batch_size=0', '1 to'), ('train.py', '--dropout=nan', '0 to'),
     ('train.py', '--compile=perhaps', 'compile'), ('train.py', '--position=left', 'rotary, learned'),
-    ('train.py', '--max_iters', 'max_iters'), ('train.py', '--n_head=3', 'n_head'),
+    ('train.py', '--max_iters', 'max_iters'), ('train.py', '--n_head=7', 'n_head'),
     ('train.py', '--head_dim=7', 'even'), ('train.py', 'config.py', 'config.py'),
     ('train.py', '--device=abacus', 'device'), ('prepare.py', '--source=nowhere', 'nowhere'),
     ('prepare.py', '--val_fraction=2', '0.001 to'), ('sample.py', '--temperature=-1', '0 to'),

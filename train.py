@@ -39,9 +39,9 @@ data_dir = 'data'  # the folder of data sets
 dataset = 'papers'  # the data set
 init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
 # how long
-max_iters = 2000  # steps
+max_iters = 3000  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
-eval_interval = 200  # steps from one evaluation to the next
+eval_interval = 300  # steps from one evaluation to the next
 # the batch of one step
 batch_size = 8  # blocks that go through the model at once
 gradient_accumulation_steps = 1  # as many times, one after the other
@@ -52,7 +52,7 @@ n_head = 4  # heads of self-attention (H)
 n_embd = 96  # channels (C)
 head_dim = 0  # dimension of a head (D), 0 for n_embd / n_head
 mlp_dim = 0  # inner dimension of the MLP, 0 for 4 n_embd
-dropout = 0.2  # share of channels left out at random, against learning by heart; 0 for large corpora
+dropout = 0.2  # share of channels left out at random, against learning by heart
 position = 'rotary'  # rotary, learned or none
 norm_weights = False  # weights and biases in layer normalization
 activation = 'relu2'  # relu2, relu or gelu
@@ -82,14 +82,12 @@ config = override(globals())
 saved = {}
 if init_from == 'resume':  # the settings of the run, and then the command line once more
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
-    known = saved.get('settings')
-    if not isinstance(known, dict) or {n: type(v) for n, v in known.items()} != {
-            n: type(v) for n, v in config.items()}:
-        fail(f'{out_dir}/last.pt: its settings are not those of this program')
-    globals().update(known, out_dir=out_dir, init_from=init_from)
+    known = {name: value for name, value in dict(saved.get('settings', {})).items()
+             if name not in ('out_dir', 'init_from')}
+    sys.argv[1:1] = [f'--{name}={value}' for name, value in known.items()]
     config = override(globals())
-    for name in set(config) - {'out_dir', 'data_dir', 'init_from', 'max_iters', 'max_minutes',
-                               'eval_interval', 'device', 'threads', 'compile'}:
+    for name in set(known) - {'data_dir', 'max_iters', 'max_minutes', 'eval_interval', 'device',
+                              'threads', 'compile'}:
         if config[name] != known[name]:
             fail(f'--{name}={config[name]}: this run has {known[name]}, to its end')
 elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
@@ -168,6 +166,8 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+    if GPTConfig(V, **shape).n_params > 2**30:
+        fail('a model of more than 2^30 parameters; take a smaller --n_embd or --n_layer')
     model = GPT(GPTConfig(V, **shape))
 if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     fail(f'{folder} was made with another tokenizer than the model; '
@@ -182,7 +182,8 @@ optimizers = [torch.optim.AdamW(
     [dict(params=rest, lr=learning_rate),
      dict(params=tables, lr=table_rate if optimizer == 'muon' else learning_rate),
      dict(params=[] if optimizer == 'muon' else matrices, lr=learning_rate)],
-    betas=(beta1, beta2), weight_decay=weight_decay)]
+    betas=(beta1, beta2), weight_decay=weight_decay,
+    fused=device.type == 'cpu' and torch.__version__ >= '2.4' or None)]
 if optimizer == 'muon' and matrices:
     optimizers.append(Muon(matrices, dict(lr=matrix_rate, momentum=0.95)))
 groups = [group for one in optimizers for group in one.param_groups]
@@ -190,12 +191,12 @@ rates = [group['lr'] for group in groups]
 i, best, seconds, log, losses = 0, math.inf, 0.0, [], []  # the state of a run, beside the weights
 if saved:
     try:
-        i, best, seconds, threads = (saved[name] for name in ('step', 'best', 'seconds', 'threads'))
+        i, best, seconds = saved['step'], saved['best'], saved['seconds']
         log, losses = [list(row) for row in saved['log']], list(saved['losses'])
-        assert sum([best, seconds, *losses, *itertools.chain(*log)]) >= 0
-        assert all(len(row) == len(COLUMNS) for row in log) and 0 < threads <= 1024 and 0 <= i < 2**31
+        assert sum([best, seconds, *losses, *itertools.chain(*log)]) >= 0 <= i < 2**31
+        assert all(len(row) == len(COLUMNS) for row in log)
         for one, state in zip(optimizers, saved['optimizers']):
-            one.load_state_dict(state)
+            one.load_state_dict({**one.state_dict(), 'state': state['state']})
             assert all(x.shape in ((), w.shape) for w in one.state for x in one.state[w].values())
         groups = [group for one in optimizers for group in one.param_groups]
     except Exception as error:  # whatever a damaged file may cause
@@ -222,7 +223,7 @@ def evaluate(share):
     at = torch.arange(0, len(val) - block_size, block_size)
     at = at[torch.arange(0, len(at), max(1, 1 / share)).long()]
     total = torch.zeros(2, dtype=torch.float64)
-    for some in at[rank::world].split(max(1, 2048 // block_size)):
+    for some in at[rank::world].split(max(1, 2048 // block_size)) if rank < len(at) else ():
         x, y = blocks(val, some)
         total += torch.tensor([loss_of(x, y, 'sum').item(), y.numel()])
     rest = val[at[-1] + block_size:].long() & 0xffff  # less than a block
@@ -249,7 +250,11 @@ def measure():
     model.zero_grad()
     return fastest
 
-speed, threads = measure()
+try:
+    speed, threads = measure()
+except (RuntimeError, MemoryError) as error:
+    fail(f'a batch does not go through the model here ({str(error)[:100]}); take a smaller '
+         '--batch_size, --block_size or --n_embd')
 torch.set_num_threads(threads)
 
 # Reading a token costs a third of learning from it. So that evaluations stay within a tenth of
@@ -260,6 +265,7 @@ all_tokens = budget * speed if budget else max_iters * step_tokens
 least = 0 if budget else 2**15  # tokens that take about a second
 share = min(1, max(least, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
 last_share = min(1, max(least, all_tokens / 4) / len(val))
+last_share = 1 if last_share > 0.7 else last_share  # nearly whole is better whole
 if budget:  # time for the last one
     budget = max(0.01, budget - (share + last_share) * len(val) / speed / 2)
 
@@ -342,8 +348,8 @@ def sound(loss):
 def keep(*names):
     """Write checkpoints and the log, all or none; if the disk doesn't let it, say so and go on."""
     sound(sum(w.sum().item() for w in model.parameters()))
-    state = checkpoint(model, tokenizer, settings=config, step=i, log=log, losses=losses, best=best,
-                       seconds=clock(), threads=threads,
+    state = checkpoint(model, tokenizer, settings={**config, 'threads': threads}, step=i, log=log,
+                       losses=losses, best=best, seconds=clock(),
                        optimizers=[one.state_dict() for one in optimizers])
     table = io.StringIO()
     csv.writer(table).writerows([COLUMNS, *log])
@@ -365,7 +371,7 @@ def report():
     if last and last_share > share:
         val_loss = evaluate(last_share)
     if rank:
-        return
+        return True
     part = last_share if last else share
     bits = val_loss / math.log(2) * tokens_a_character
     train_loss = sum(losses) / len(losses) if losses else val_loss
