@@ -420,7 +420,7 @@ if rank == 0:
         fail(f'--out_dir={out_dir}: {error.strerror}')
 if rank == 0:
     print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
-          f'{step_tokens:,} in a step; {device}, {threads} threads'
+          f'{step_tokens:,} in a step; {device}, {threads} thread{"s" * (threads > 1)}'
           + (f'; resumed at step {i}' if i else ''))
 
 stopping, kept = 0, True
