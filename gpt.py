@@ -93,7 +93,7 @@ class BPETokenizer(CharTokenizer):
         for w in range(len(words)):
             count(w)
         while (len(merges) < vocab_size - 256  # and of equal pairs take the one seen first
-               and total[best := max(total, key=total.get, default=None)] > 1):
+               and total[(best := max(total, key=total.get, default=None))] > 1):
             merges.append([ord(token) for token in best])
             for w in where.pop(best):
                 old = words[w]
