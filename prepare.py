@@ -204,6 +204,7 @@ def clean(text):
     The cleaner drops what follows \\end{document}, so a file of several papers goes through it
     paper by paper.
     """
+    text = re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text)  # the cleaner takes its time for each line
     ends = [match.end() for match in re.finditer(r'\\end\{document\}.*\n?', text)]
     out, why = [], ''
     for start, end in zip([0, *ends], [*ends, len(text)]):
@@ -270,7 +271,6 @@ for path, data in documents():
         note(path, 'skipped', why='not a text')
         continue
     text = re.sub('\r\n?', '\n', decode(data))
-    text = re.sub(r'\n\s*\n\s*\n', '\n\n', text)  # the cleaner takes its time for each line
     cleaned, why = clean(text)
     cleaned = without_repeats(cleaned, seen)
     if cleaned.strip():
