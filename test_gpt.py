@@ -288,6 +288,18 @@ def test_text_streams_by_whole_characters():
     assert parts == ['', '\u03b4', '', '', '', '\U0001f600', '!', '']
 
 
+def test_the_papers_that_come_along_come_back(run):
+    """Every file of papers/ goes through the cleaner, and each kind of tokenizer, learned on all of
+    it without a limit, gives it back."""
+    result = run('prepare.py', f'--source={PAPERS}', '--vocab_size=300')
+    assert [row['status'] for row in result.sources] == ['cleaned'] * len(
+        [name for name in os.listdir(PAPERS) if name.endswith('.tex')])
+    assert len(result.text) > 500_000 and '%' not in result.text.replace('\\%', '')
+    for kind in gpt.TOKENIZERS.values():
+        tokenizer = kind.learn(result.text)
+        assert tokenizer.decode(tokenizer.encode(result.text)) == result.text
+
+
 # ------------------------------------------------------------------------------ data and batches
 
 def test_the_data_set_is_described_and_split(run, papers):

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -457,9 +458,11 @@ while True:
         one.zero_grad()
     i += 1
     speed += (step_tokens / (time.perf_counter() - began) - speed) / min(i, 20)
-    if rank == 0 and sys.stdout.isatty():
-        print(f'\rstep {i}: loss {losses[-1]:.3f}, {speed:.0f} tok/s, {time_left()} ', end='',
-              flush=True)
+    if rank == 0 and sys.stdout.isatty():  # one line, rewritten in place, in any window
+        width = shutil.get_terminal_size().columns - 1
+        line = (f'step {i} [{"=" * int(20 * progress):20}] loss {losses[-1]:.3f}, {time_left()}, '
+                f'{speed:.0f} tok/s')
+        print('\r' + line[:width].ljust(width), end='\r', flush=True)
 
 if world > 1:
     dist.destroy_process_group()
