@@ -202,7 +202,7 @@ if saved:
         groups = [group for one in optimizers for group in one.param_groups]
     except Exception as error:  # whatever a damaged file may cause
         fail(f'{out_dir}/last.pt: no run that can be resumed ({type(error).__name__}: {error})')
-net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 if compile:
     try:
         compiled = torch.compile(net)
@@ -211,7 +211,7 @@ if compile:
     except Exception as error:
         print(f'--compile: not possible here ({type(error).__name__}); going on without')
 
-def loss_of(x, y, reduction='mean'):
+def loss_of(net, x, y, reduction='mean'):
     """Cross-entropy in nats: -log of the probability given to what does come next."""
     with autocast:
         return F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction=reduction)
@@ -226,11 +226,12 @@ def evaluate(share):
     total = torch.zeros(2, dtype=torch.float64)
     for some in at[rank::world].split(max(1, 2048 // block_size)) if rank < len(at) else ():
         x, y = blocks(val, some)
-        total += torch.tensor([loss_of(x, y, 'sum').item(), y.numel()])
+        total += torch.tensor([loss_of(model, x, y, 'sum').item(), y.numel()])
     rest = val[at[-1] + block_size:].long() & 0xffff  # less than a block
     if share == 1 and rank == 0 and len(rest) > 1:
         rest = rest.to(device)[None]
-        total += torch.tensor([loss_of(rest[:, :-1], rest[:, 1:], 'sum').item(), len(rest[0]) - 1])
+        loss = loss_of(model, rest[:, :-1], rest[:, 1:], 'sum')
+        total += torch.tensor([loss.item(), len(rest[0]) - 1])
     if world > 1:
         dist.all_reduce(total)
     model.train()
@@ -445,7 +446,7 @@ while True:
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
     loss = 0
     for x, y in get_batch(i):
-        part = loss_of(x, y) / gradient_accumulation_steps
+        part = loss_of(net, x, y) / gradient_accumulation_steps
         part.backward()
         loss += part.detach()
     if world > 1:
@@ -465,6 +466,7 @@ while True:
         print('\r' + line[:width].ljust(width), end='\r', flush=True)
 
 if world > 1:
+    dist.barrier()  # until the first has saved
     dist.destroy_process_group()
 if rank == 0:
     if stopping:
