@@ -107,7 +107,7 @@ def unpack(path, file, depth=0):
         elif is_tar(head):
             members = untar(path, file)
         elif is_latex(path) or depth and re.search(rb'\\(document|begin|input|def)', head):
-            data = Capped(file).read(MEMBER + 1)
+            data = file.read(MEMBER + 1)
             if len(data) > MEMBER:
                 raise ValueError(f'larger than {MEMBER >> 20} MB')
             yield path, data
@@ -146,7 +146,7 @@ def untar(path, file):
 
 
 def unzip(path, file):
-    members = []
+    members, left = [], WHOLE
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.flag_bits & 1:
@@ -154,7 +154,8 @@ def unzip(path, file):
             elif wanted(member.filename) and not member.is_dir():
                 with archive.open(member) as inside:
                     members.append((f'{path}/{member.filename}', inside.read(MEMBER + 1)))
-                if sum(len(data) for _, data in members) > WHOLE:
+                left -= len(members[-1][1])
+                if left < 0:
                     raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
     return members
 

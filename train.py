@@ -167,9 +167,10 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    if GPTConfig(V, **shape).n_params > 2**30:
+    shape = GPTConfig(V, **shape)
+    if shape.n_params > 2**30:
         fail('a model of more than 2^30 parameters; take a smaller --n_embd or --n_layer')
-    model = GPT(GPTConfig(V, **shape))
+    model = GPT(shape)
 if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     fail(f'{folder} was made with another tokenizer than the model; '
          f'{again} --tokenizer_from={init_from}')
@@ -247,7 +248,7 @@ def measure():
         torch.set_num_threads(n)
         for _ in range(3):  # the first is slow, whatever n
             began = time.perf_counter()
-            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            loss_of(model, x, y).backward()
             fastest = max(fastest, (world * x.numel() / (time.perf_counter() - began), n))
     model.zero_grad()
     return fastest
