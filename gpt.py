@@ -7,7 +7,8 @@ A letter has one meaning throughout; a comment like (B, T, C) is the shape of wh
 [1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
 [2] before torch is loaded: threads that have waited for a while leave their core to others
 """
-import argparse, codecs, functools, io, math, os, pathlib, re, signal, sys, warnings, zipfile
+import argparse, codecs, functools, io, math, os, pathlib, pickletools, re, signal, sys
+import warnings, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 os.environ.update({'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '10000', **os.environ})  # [2]
@@ -169,8 +170,8 @@ def rotation(T, D, base=10_000):
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
-    """Turn x (B, H, T, D) in the planes (i, i + D/2); then <q at s, k at t> knows s - t alone."""
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    """Turn x (..., T, D) in the planes (i, i + D/2); then <q at s, k at t> knows s - t alone."""
+    a, b = x.chunk(2, dim=-1)  # (..., T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 class SelfAttention(nn.Module):
@@ -185,14 +186,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, idx, turn, cache):
         c, (B, T, _) = self.config, x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv = self.qkv(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
         if c.value_embeddings:
             v = v + self.value(idx).view(B, T, c.n_head, c.head_dim).transpose(1, 2)
         if c.position == 'rotary':
-            q, k = rotate(q, *turn), rotate(k, *turn)
-        if self in cache:  # keys and values of earlier calls come first, (B, H, S, D) each
-            k, v = (torch.cat(both, dim=2) for both in zip(cache[self], (k, v)))
-        cache[self] = k, v
+            q, k = rotate(qkv[:2], *turn)  # (2, B, H, T, D)
+        if self in cache:  # room for all keys and values, of which those of t tokens are there
+            t, room = cache['length'] - T, cache[self]  # (2, B, H, block_size, D)
+            room[:, :, :, t:t + T] = torch.stack((k, v))
+            k, v = room[:, :, :, :t + T]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -246,7 +248,7 @@ class GPT(nn.Module):
             self.head.weight = self.token.weight
 
     def hidden(self, idx, cache):
-        """What the head reads, (B, T, C); cache, {} at first, is what a next call need not redo."""
+        """What the head reads, (B, T, C); cache holds what a next call need not do again."""
         c, T, x, t = self.config, idx.size(1), self.token(idx), cache.get('length', 0)
         if c.n_layer == 0:
             return x
@@ -280,17 +282,19 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, idx, max_new_tokens, **how):
     """Yield the tokens (B,) that follow idx (B, T >= 1); `how` is next_token's. A full window
     begins again with its last half: on average a token costs the same however long the text."""
-    window, cache = model.config.block_size, {}
-    seen = new = idx[:, -window:]
+    c, window = model.config, model.config.block_size
+    rooms = model.token.weight.new_empty(c.n_layer, 2, len(idx), c.n_head, window, c.head_dim)
+    empty = dict(zip((block.attention for block in model.blocks), rooms))
+    cache, seen, new = dict(empty), idx[:, -window:], idx[:, -window:]
     for _ in range(max_new_tokens):
         if cache.get('length', 0) + new.size(1) > window:
-            new, cache = seen[:, -max(1, window // 2):], {}
+            new, cache = seen[:, -max(1, window // 2):], dict(empty)
         new = next_token(model.head(model.hidden(new, cache)[:, -1]), **how)  # (B, 1)
         seen = torch.cat((seen, new), dim=1)[:, -window:]
         yield new[:, 0]
 # -- The optimizer --------------------------------------------------------------------------------
 def orthogonalize(G, steps=3):
-    """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (..., n, m).
+    """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (N, n, m).
     X <- a X + b X X^T X + c (X X^T)^2 X takes singular values s to a s + b s^3 + c s^5. With these
     a, b, c (found by trying: Jordan et al. 2024, kellerjordan.github.io/posts/muon) five steps take
     all but the smallest to 0.7 ... 1.2, and three do as well for learning."""
@@ -299,7 +303,7 @@ def orthogonalize(G, steps=3):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if G.size(-2) > G.size(-1) else X
 
 class Muon(torch.optim.Optimizer):
@@ -331,6 +335,7 @@ def override(settings):
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
+    signal.signal(getattr(signal, 'SIGPIPE', signal.SIGINT), signal.SIG_DFL)  # as in `| head`
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     sys.stdout.reconfigure(errors='backslashreplace')  # nor for what the screen can't show
     for name, value in list(settings.items()):
@@ -379,19 +384,21 @@ def checkpoint(model, tokenizer, **more):
                     tokenizer=[tokenizer.kind, tokenizer.learned], **more), file)
     return file.getvalue()
 
+MAY_CALL = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', 'torch FloatStorage'}
 def load(path):
     """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
         data = pathlib.Path(path).read_bytes()
         parts, size = zipfile.ZipFile(io.BytesIO(data)), len(data)
         if (sum(part.file_size for part in parts.infolist()) > size or parts.testzip()
-                or data[:2] != b'PK' or b'constants.pkl' in data):  # which torch 2.5 would run
+                or data[:2] != b'PK' or b'constants.pkl' in data  # which torch 2.5 would run
+                or not {name for part in parts.namelist() if part.endswith('.pkl') for op, name, _
+                        in pickletools.genops(parts.read(part)) if op.name == 'GLOBAL'} <= MAY_CALL):
             raise ValueError('damaged, or not of this program')
         saved = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
-        tokenizer = TOKENIZERS[kind](learned)
-        if (saved['version'] != 1 or len(tokenizer.tokens) != config.vocab_size
-                or 4 * config.n_params > size):
+        if (saved['version'] != 1 or 4 * config.n_params > size or type(learned) is not list
+                or len((tokenizer := TOKENIZERS[kind](learned)).tokens) != config.vocab_size):
             raise ValueError('of another version of this program')
         model = GPT(config)
         model.load_state_dict(saved['model'])

@@ -617,7 +617,7 @@ def test_muon_is_its_equation_and_torchs():
         for j, (w, other) in enumerate(zip(ours, theirs)):
             w.grad = other.grad = torch.randn_like(w)
             momenta[j] = 0.95 * momenta[j] + 0.05 * w.grad
-            step = gpt.orthogonalize(0.95 * momenta[j] + 0.05 * w.grad)
+            step, = gpt.orthogonalize((0.95 * momenta[j] + 0.05 * w.grad)[None])
             plain[j] -= 0.1 * max(1, w.size(0) / w.size(1)) ** 0.5 * step
         muon.step()
         if torchs:
@@ -739,7 +739,7 @@ def numbers(path):
 
 def checkpoint(learned, **changes):
     """A model with weights that say something and a char tokenizer, as out/ckpt.pt."""
-    tokenizer, model = gpt.CharTokenizer(learned), small(vocab_size=len(learned), **changes)
+    tokenizer, model = gpt.CharTokenizer(list(learned)), small(vocab_size=len(learned), **changes)
     os.makedirs('out', exist_ok=True)
     gpt.write({'out/ckpt.pt': gpt.checkpoint(model, tokenizer)})
     return model, tokenizer

@@ -8,6 +8,7 @@ Train a GPT on what prepare.py has written.
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
 import csv
+import ctypes
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 try:
     import fcntl
@@ -80,8 +81,25 @@ threads = 0  # 0 measures how many are fastest here
 compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
 config = override(globals())
-saved = {}
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
+
+def hold(folder):
+    """The lock of a run's folder: the system lets go of it when the process ends, however."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, '.lock'), 'w')
+    except OSError as error:
+        fail(f'--out_dir={folder}: {error.strerror}')
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f'{folder}: another train.py is at work there; --out_dir=FOLDER for a run beside it')
+    return file
+
+saved, lock = {}, None
 if init_from == 'resume':  # the settings of the run, and then the command line once more
+    lock = hold(out_dir) if rank == 0 and os.path.isdir(out_dir) else None
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
     known = {name: value for name, value in dict(saved.get('settings', {})).items()
              if name not in ('out_dir', 'init_from')}
@@ -110,7 +128,6 @@ if position == 'rotary' and (head_dim or n_embd // n_head) % 2:
 # one process, or one of several that torchrun has started
 START = time.perf_counter()
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
-rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if world > 1 and torch.cuda.is_available()
                      else device)
 if batch_size % world:
@@ -119,6 +136,9 @@ if world > 1:
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
+with suppress(AttributeError, TypeError):  # where the C library is glibc: keep memory that is free,
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX; for the system takes its time to hand it out,
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD; a third of a step
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -212,10 +232,20 @@ if compile:
     except Exception as error:
         print(f'--compile: not possible here ({type(error).__name__}); going on without')
 
-def loss_of(net, x, y, reduction='mean'):
-    """Cross-entropy in nats: -log of the probability given to what does come next."""
+def learn(x, y, share=1.0):
+    """Add the gradient of the mean loss, -log p(y) in nats, times a share, to the weights' own.
+    With p = softmax(logits), its derivative by the logits of a token is p - 1 at y, p elsewhere."""
     with autocast:
-        return F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction=reduction)
+        logits = net(x)  # (B, T, V)
+    p, y = logits.detach().softmax(dim=-1), y[..., None]
+    loss = -p.gather(-1, y).clamp(min=1e-30).log().mean()
+    logits.backward(p.scatter_add_(-1, y, -torch.ones_like(p[..., :1])).mul_(share / y.numel()))
+    return loss * share
+
+def loss_of(x, y):
+    """Of a whole text: the sum of -log p(y), nats."""
+    with autocast:
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='sum').item()
 
 @torch.inference_mode()
 def evaluate(share):
@@ -227,12 +257,11 @@ def evaluate(share):
     total = torch.zeros(2, dtype=torch.float64)
     for some in at[rank::world].split(max(1, 2048 // block_size)) if rank < len(at) else ():
         x, y = blocks(val, some)
-        total += torch.tensor([loss_of(model, x, y, 'sum').item(), y.numel()])
+        total += torch.tensor([loss_of(x, y), y.numel()])
     rest = val[at[-1] + block_size:].long() & 0xffff  # less than a block
     if share == 1 and rank == 0 and len(rest) > 1:
         rest = rest.to(device)[None]
-        loss = loss_of(model, rest[:, :-1], rest[:, 1:], 'sum')
-        total += torch.tensor([loss.item(), len(rest[0]) - 1])
+        total += torch.tensor([loss_of(rest[:, :-1], rest[:, 1:]), len(rest[0]) - 1])
     if world > 1:
         dist.all_reduce(total)
     model.train()
@@ -248,7 +277,7 @@ def measure():
         torch.set_num_threads(n)
         for _ in range(3):  # the first is slow, whatever n
             began = time.perf_counter()
-            loss_of(model, x, y).backward()
+            learn(x, y)
             fastest = max(fastest, (world * x.numel() / (time.perf_counter() - began), n))
     model.zero_grad()
     return fastest
@@ -261,16 +290,14 @@ except (RuntimeError, MemoryError) as error:
 torch.set_num_threads(threads)
 
 # Reading a token costs a third of learning from it. So that evaluations stay within a tenth of
-# the time, they take evenly spaced blocks where the validation part is large.
+# the time, they take evenly spaced blocks where the validation part is large; the last one takes
+# all of it also where that is a fifth of a run of seconds.
 step_tokens = batch_size * gradient_accumulation_steps * block_size
 budget = 60 * max_minutes
 all_tokens = budget * speed if budget else max_iters * step_tokens
 least = 0 if budget else 2**15  # tokens that take about a second
-share = min(1, max(least, min(eval_interval * step_tokens / 5, all_tokens / 20)) / len(val))
-last_share = min(1, max(least, all_tokens / 4) / len(val))
-last_share = 1 if last_share > 0.7 else last_share  # nearly whole is better whole
-if budget:  # time for the last one
-    budget = max(0.01, budget - (share + last_share) * len(val) / speed / 2)
+share = min(1, max(least, min(eval_interval * step_tokens / 10, all_tokens / 20)) / len(val))
+last_share = 1 if all_tokens > 1.5 * len(val) else max(share, 0.15 * all_tokens / len(val))
 
 # ------------------------------------------------------------------------------------------ loop
 
@@ -368,8 +395,11 @@ def keep(*names):
 
 def report():
     """Evaluate, print a line and a few words, keep the best model and the newest state."""
-    global best
+    global best, budget
+    began = clock()
     val_loss = sound(evaluate(share))
+    if budget:  # leave time for the last evaluation
+        budget = max(0.01, 60 * max_minutes - (1 + last_share / share) * (clock() - began))
     better, best = val_loss < best, min(best, val_loss)
     if last and last_share > share:
         val_loss = evaluate(last_share)
@@ -399,29 +429,17 @@ def on_signal(number, frame):
         os._exit(128 + number)
     stopping = number
 
-def hold(folder):
-    """The lock of a run's folder: the system lets go of it when the process ends, however."""
-    os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, '.lock'), 'w')
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f'{folder}: another train.py is at work there; --out_dir=FOLDER for a run beside it')
-    return file
-
 if rank == 0:
-    try:
-        lock = hold(out_dir)
-        if init_from != 'resume' and any(os.path.exists(os.path.join(out_dir, name))
-                                         for name in ('last.pt', 'ckpt.pt')):
-            n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
+    lock = lock or hold(out_dir)
+    if init_from != 'resume' and any(os.path.exists(os.path.join(out_dir, name))
+                                     for name in ('last.pt', 'ckpt.pt')):
+        n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
+        try:
             os.rename(out_dir, f'{out_dir}.{n}')
-            print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
-            lock = hold(out_dir)
-    except OSError as error:
-        fail(f'--out_dir={out_dir}: {error.strerror}')
-if rank == 0:
+        except OSError as error:
+            fail(f'{out_dir} cannot become {out_dir}.{n}: {error.strerror}')
+        print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
+        lock = hold(out_dir)
     print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
           f'{step_tokens:,} in a step; {device}, {threads} thread{"s" * (threads > 1)}'
           + (f'; resumed at step {i}' if i else ''))
@@ -445,11 +463,7 @@ while True:
     for group, rate in zip(groups, rates):
         group['lr'] = rate * schedule(i, progress)
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
-    loss = 0
-    for x, y in get_batch(i):
-        part = loss_of(net, x, y) / gradient_accumulation_steps
-        part.backward()
-        loss += part.detach()
+    loss = sum(learn(x, y, 1 / gradient_accumulation_steps) for x, y in get_batch(i))
     if world > 1:
         dist.all_reduce(loss)
     losses.append(sound(loss.item() / world))
