@@ -148,14 +148,9 @@ class GPTConfig:
 
     @property
     def n_params(self):
-        """The exact number of parameters."""
-        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
-        norm, b = 2 * C * self.norm_weights, self.bias
-        attention = norm + 4 * C * HD + C * b + V * HD * self.value_embeddings
-        mlp = norm + 2 * C * M + (M + C) * b
-        once = C * self.smear + self.block_size * C * (self.position == 'learned')
-        ends = V * C * (2 - self.tied) + norm + V * b
-        return ends + self.n_layer * (attention + mlp) + once * (self.n_layer > 0)
+        """The exact number of parameters, counted on a model that takes no memory."""
+        with torch.device('meta'):
+            return sum(p.numel() for p in GPT(self).parameters())
 
 def attention(q, k, v):
     """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
@@ -239,11 +234,9 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # what writes into the stream, and the head, can begin at zero
+            if 'norm' not in name:  # what writes into the stream, and the head, can begin at zero
                 zero = c.zero_init and name.endswith(('out.weight', 'head.weight'))
-                nn.init.normal_(p, std=0.0 if zero else 0.02)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
+                nn.init.normal_(p, std=0.0 if zero or p.dim() == 1 else 0.02)
         if c.tied:
             self.head.weight = self.token.weight
 
