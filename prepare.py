@@ -250,14 +250,20 @@ def yardsticks(train, val, V, characters):
     """Bits per character of the validation part under three models that were counted on the
     training part, one being added to each count: p(b) = (n_b + 1) / (N + V), p(b | a) =
     (n_ab + 1) / (n_a + V), and 1 / V."""
-    def counts(ids, of):
-        values, n = ids.unique(return_counts=True)
-        at = torch.searchsorted(values, of).clamp(max=len(values) - 1)
-        return torch.where(values[at] == of, n[at], 0).double()
-    bits = val.numel() / characters  # tokens a character
-    unigram = (counts(train, val) + 1) / (len(train) + V)
-    pairs = counts(train[:-1] * V + train[1:], val[:-1] * V + val[1:])
-    bigram = (pairs + 1) / (counts(train[:-1], val[:-1]) + V)
+    def pairs(ids):
+        return ids[:-1] * V + ids[1:]
+    val = torch.frombuffer(val, dtype=torch.int16).long() & 0xffff
+    kinds, which = pairs(val).unique(return_inverse=True)
+    n, n_pairs = torch.zeros(V).double(), torch.zeros(len(kinds)).double()
+    for start in range(0, len(train), 2**20):  # so that little of it is in memory as int64
+        part = torch.frombuffer(train[start:start + 2**20 + 1], dtype=torch.int16).long() & 0xffff
+        n += part[:2**20].bincount(minlength=V)
+        at = torch.searchsorted(kinds, pairs(part)).clamp(max=len(kinds) - 1)
+        n_pairs += at[kinds[at] == pairs(part)].bincount(minlength=len(kinds))
+    unigram = (n[val] + 1) / (len(train) + V)
+    n[train[-1]] -= 1  # nothing follows it
+    bigram = (n_pairs[which] + 1) / (n[val[:-1]] + V)
+    bits = len(val) / characters  # tokens a character
     return {'uniform': bits * math.log2(V), 'unigram': -bits * unigram.log2().mean().item(),
             'bigram': -bits * bigram.log2().mean().item()}
 
@@ -279,32 +285,36 @@ for path, data in documents():
         note(path, 'stripped' if why else 'cleaned', len(text), len(cleaned), why)
     else:
         note(path, 'skipped', len(text), why='nothing is left of it')
-text = '\n'.join(texts)
+text, n_files = '\n'.join(texts), len(texts)
 if not text:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
     fail(f'--source={show(source)}: no LaTeX found{why}')
 cut = int(len(text) * (1 - val_fraction))  # as the original did
-parts = {'train': text[:cut], 'val': text[cut:]}
+del texts, seen, data, cleaned  # each as large as the corpus
 
 print(f'\rlearning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
     size = MAX_VOCAB if tokenizer == 'char' else vocab_size
-    tokens = TOKENIZERS[tokenizer].learn(parts['train'], size)
+    tokens = TOKENIZERS[tokenizer].learn(text[:cut], size)
 V = len(tokens.tokens)
 meta = dict(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V)
 ids = {}
-for name, part in parts.items():
-    ids[name] = array('H', tokens.encode(part))
-    meta[name] = dict(characters=len(part), bytes=len(part.encode('utf-8', 'replace')),
-                      tokens=len(ids[name]), crc32=zlib.crc32(ids[name]))
+for name, begin, end in ('train', 0, cut), ('val', cut, len(text)):
+    ids[name], size = array('H'), 0
+    for start in range(begin, end, 2**16):  # which is where `pieces` cuts as well
+        part = text[start:min(start + 2**16, end)]
+        ids[name].extend(tokens.encode(part))
+        size += len(part.encode('utf-8', 'replace'))
+        if sys.stdout.isatty():
+            print(f'\rencoding {start / len(text):4.0%}', end='', flush=True)
+    meta[name] = dict(characters=end - begin, bytes=size, tokens=len(ids[name]),
+                      crc32=zlib.crc32(ids[name]))
     if len(ids[name]) < 3:
         fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
              'more papers are needed, or another --val_fraction')
-as_tensor = {name: torch.frombuffer(part, dtype=torch.int16).long() & 0xffff
-             for name, part in ids.items()}
-meta['yardsticks'] = yardsticks(as_tensor['train'], as_tensor['val'], V, len(parts['val']))
+meta['yardsticks'] = yardsticks(ids['train'], ids['val'], V, len(text) - cut)
 meta['sources'] = sources
 
 folder = os.path.join(data_dir, dataset)
@@ -326,7 +336,7 @@ for status in ('stripped', 'skipped'):
 before = sum(row['characters_before'] for row in sources)
 every = sum(part['tokens'] for part in (meta['train'], meta['val']))
 unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
-print(f"""read         {len(texts)} files, {len(count['skipped'])} skipped
+print(f"""\rread         {n_files} files, {len(count['skipped'])} skipped
 characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
 begins       {text[:60]!r}
 tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token

@@ -4,6 +4,7 @@ would teach it: papers, characters, batches, the bigram model, attention, the GP
 
     python -m pytest
     python test_gpt.py --torture     what takes minutes: kills, bombs, long runs
+    python test_gpt.py --speed       how much of the machine a run of train.py uses
 """
 import csv
 import doctest
@@ -38,6 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from gpt import BPETokenizer, CharTokenizer, GPT, GPTConfig, Muon, WordTokenizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PAPERS = os.path.join(HERE, 'papers')
@@ -310,7 +312,7 @@ def test_the_data_set_is_described_and_split(run, papers):
     n = len(result.text)
     assert meta['train']['characters'] == int(0.9 * n)
     assert meta['val']['characters'] == n - int(0.9 * n)
-    for name, text in result.parts.items():
+    for name, text in ('train', result.text[:result.cut]), ('val', result.text[result.cut:]):
         ids = torch.from_file(f'data/mine/{name}.bin', size=meta[name]['tokens'],
                               dtype=torch.int16).tolist()
         assert result.tokens.decode(ids) == text
@@ -322,14 +324,14 @@ def test_the_data_set_is_described_and_split(run, papers):
 def test_the_yardsticks_by_counting(run, papers):
     """Bits per character of the three simplest models, by dictionaries."""
     result = run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=word')
-    train, val = (result.tokens.encode(result.parts[name]) for name in ('train', 'val'))
+    train, val = map(result.tokens.encode, (result.text[:result.cut], result.text[result.cut:]))
     V, N, single, double = len(result.tokens.tokens), len(train), Counter(train), Counter(
         zip(train, train[1:]))
     first = Counter(train[:-1])
     unigram = -sum(math.log2((single[b] + 1) / (N + V)) for b in val) / len(val)
     bigram = -sum(math.log2((double[a, b] + 1) / (first[a] + V))
                   for a, b in zip(val, val[1:])) / (len(val) - 1)
-    per_character = len(val) / len(result.parts['val'])
+    per_character = len(val) / (len(result.text) - result.cut)
     assert result.meta['yardsticks'] == pytest.approx(dict(
         uniform=math.log2(V) * per_character, unigram=unigram * per_character,
         bigram=bigram * per_character))
@@ -1328,5 +1330,30 @@ def torture():
                 print(f'{function.__doc__.strip()}\n    {function()}', flush=True)
 
 
+def speed(arguments):
+    """How fast train.py learns here with these settings, beside one product of two matrices of
+    1,024 x 1,024 in the same process: python test_gpt.py --speed --max_iters=100 ..."""
+    spent = []
+    register_optimizer_step_pre_hook(lambda *_: spent.append(-time.perf_counter()))
+    register_optimizer_step_post_hook(lambda *_: spent.append(time.perf_counter()))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ['train.py', f'--out_dir={folder}', *arguments]
+        space = runpy.run_path(os.path.join(HERE, 'train.py'))
+    a, products = torch.randn(1024, 1024), []
+    for _ in range(30):
+        began = time.perf_counter()
+        a @ a
+        products.append(time.perf_counter() - began)
+    product = 2 * 1024**3 / sorted(products)[15]
+    N = space['model'].config.n_params - sum(w.numel() for w in space['tables'])
+    flops = 6 * N * space['speed']
+    share = sum(spent) / space['i'] * space['speed'] / space['step_tokens']
+    print(f'6 x {N:,} parameters outside tables x {space["speed"]:,.0f} tokens a second = '
+          f'{flops / 1e9:.0f} GF/s, {flops / product:.0%} of the {product / 1e9:.0f} GF/s of a '
+          f'product; the optimizer takes {share:.0%} of a step')
+
+
 if __name__ == '__main__' and '--torture' in sys.argv:
     torture()
+if __name__ == '__main__' and '--speed' in sys.argv:
+    speed([argument for argument in sys.argv[1:] if argument != '--speed'])
