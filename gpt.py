@@ -119,7 +119,7 @@ class BPETokenizer(CharTokenizer):
 
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
 # -- The model ------------------------------------------------------------------------------------
-ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
+ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu}
 POSITIONS = ['rotary', 'learned', 'none']
 @dataclass
 class GPTConfig:
@@ -133,12 +133,11 @@ class GPTConfig:
     dropout: float = 0.0
     position: str = 'rotary'
     norm_weights: bool = False
-    activation: str = 'relu2'
+    activation: str = 'relu'
     bias: bool = False
     tied: bool = False
     value_embeddings: bool = True
     smear: bool = True
-    zero_init: bool = True
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -194,7 +193,7 @@ class SelfAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class MLP(nn.Module):
-    """Each token by itself: up to mlp_dim, an activation (relu2: arXiv:2109.08668), down again."""
+    """Each token by itself: up to mlp_dim, an activation, down again."""
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
@@ -234,9 +233,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
         for name, p in self.named_parameters():
-            if 'norm' not in name:  # what writes into the stream, and the head, can begin at zero
-                zero = c.zero_init and name.endswith(('out.weight', 'head.weight'))
-                nn.init.normal_(p, std=0.0 if zero or p.dim() == 1 else 0.02)
+            if 'norm' not in name:  # its weights begin at 1, vectors at 0
+                nn.init.normal_(p, std=0.02 * (p.dim() > 1))
         if c.tied:
             self.head.weight = self.token.weight
 

@@ -57,12 +57,11 @@ mlp_dim = 0  # inner dimension of the MLP, 0 for 4 n_embd
 dropout = 0.2  # share of channels left out at random, against learning by heart
 position = 'rotary'  # rotary, learned or none
 norm_weights = False  # weights and biases in layer normalization
-activation = 'relu2'  # relu2, relu or gelu
+activation = 'relu'  # relu or gelu
 bias = False  # biases in linear maps
 tied = False  # one table for tokens and head
 value_embeddings = True  # a table for the values of each layer
 smear = True  # a share of the token before added to each
-zero_init = True  # output projections and head begin at zero
 # the optimizer
 optimizer = 'muon'  # muon (for matrices, adamw for the rest) or adamw
 learning_rate = 0.02  # of adamw
