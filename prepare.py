@@ -50,7 +50,7 @@ def note(path, status, before=0, after=0, why=''):
     sources.append(dict(path=show(path), status=status, characters_before=before,
                         characters_after=after, why=why))
     if sys.stdout.isatty():
-        print(f'\r{len(sources)} files', end='', flush=True)
+        print(f'{len(sources)} files', end='\r', flush=True)
 
 
 # ------------------------------------------------------------------------------------- finding it
@@ -292,7 +292,7 @@ if not text:
 cut = int(len(text) * (1 - val_fraction))  # as the original did
 del texts, seen, data, cleaned  # each as large as the corpus
 
-print(f'\rlearning tokens from {cut:,} characters ...', flush=True)
+print(f'learning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
@@ -308,7 +308,7 @@ for name, begin, end in ('train', 0, cut), ('val', cut, len(text)):
         ids[name].extend(tokens.encode(part))
         size += len(part.encode('utf-8', 'replace'))
         if sys.stdout.isatty():
-            print(f'\rencoding {start / len(text):4.0%}', end='', flush=True)
+            print(f'encoding {start / len(text):4.0%}', end='\r', flush=True)
     meta[name] = dict(characters=end - begin, bytes=size, tokens=len(ids[name]),
                       crc32=zlib.crc32(ids[name]))
     if len(ids[name]) < 3:
@@ -336,7 +336,7 @@ for status in ('stripped', 'skipped'):
 before = sum(row['characters_before'] for row in sources)
 every = sum(part['tokens'] for part in (meta['train'], meta['val']))
 unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
-print(f"""\rread         {n_files} files, {len(count['skipped'])} skipped
+print(f"""read         {n_files} files, {len(count['skipped'])} skipped
 characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
 begins       {text[:60]!r}
 tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token

@@ -409,7 +409,7 @@ def report():
     train_loss = sum(losses) / len(losses) if losses else val_loss
     log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
                 groups[0]['lr']])
-    print(f'\rstep {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
+    print(f'step {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
           f'{bits:.2f} bits/char, {speed:.0f} tok/s, {time_left()}'
           + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
     model.eval()
@@ -477,7 +477,7 @@ while True:
         width = shutil.get_terminal_size().columns - 1
         line = (f'step {i} [{"=" * int(20 * progress):20}] loss {losses[-1]:.3f}, {time_left()}, '
                 f'{speed:.0f} tok/s')
-        print('\r' + line[:width].ljust(width), end='\r', flush=True)
+        print(line[:width].ljust(width), end='\r', flush=True)
 
 if world > 1:
     dist.barrier()  # until the first has saved
