@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-start = time.perf_counter()
+START = time.perf_counter()
 # -------------------------------------------------------------------------------------------------
 # where
 out_dir = 'out'  # the folder of the run
@@ -80,7 +80,6 @@ threads = 0  # 0 measures how many are fastest here
 compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
 config = override(globals())
-rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
 
 def hold(folder):
     """The lock of a run's folder: the system lets go of it when the process ends, however."""
@@ -98,7 +97,8 @@ def hold(folder):
 
 saved, lock = {}, None
 if init_from == 'resume':  # the settings of the run, and then the command line once more
-    lock = hold(out_dir) if rank == 0 and os.path.isdir(out_dir) else None
+    if os.path.isdir(out_dir) and os.environ.get('RANK', '0') == '0':
+        lock = hold(out_dir)
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
     known = {name: value for name, value in dict(saved.get('settings', {})).items()
              if name not in ('out_dir', 'init_from')}
@@ -125,8 +125,8 @@ if position == 'rotary' and (head_dim or n_embd // n_head) % 2:
     fail('rotary positions turn planes: --head_dim must be even (or --position=learned)')
 
 # one process, or one of several that torchrun has started
-START = time.perf_counter()
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if world > 1 and torch.cuda.is_available()
                      else device)
 if batch_size % world:
@@ -135,9 +135,10 @@ if world > 1:
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
-with suppress(AttributeError, TypeError):  # where the C library is glibc: keep memory that is free,
-    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX; for the system takes its time to hand it out,
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD; a third of a step
+with suppress(AttributeError, TypeError):  # for a C library that is not glibc
+    # Keep memory that was freed: to give it back and fetch it anew took up to a third of a step.
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 # ------------------------------------------------------------------------------------------ data
 
