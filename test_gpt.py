@@ -554,6 +554,20 @@ def test_every_setting_of_the_model_is_read():
     assert tied.head.weight is tied.token.weight
 
 
+def test_the_gradient_of_the_loss_is_p_less_1_at_y(run, papers):
+    """What train.py writes out is what torch derives from its cross-entropy."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    result = run('train.py', *TINY, '--dropout=0')
+    (x, y), = result.get_batch(0)
+    result.model.zero_grad()
+    loss = result.learn(x, y, 0.5)
+    ours = [w.grad.clone() for w in result.model.parameters()]
+    expected = 0.5 * F.cross_entropy(result.model(x).flatten(0, 1), y.flatten())
+    theirs = torch.autograd.grad(expected, list(result.model.parameters()))
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(ours, list(theirs))
+
+
 # ------------------------------------------------------------------------------ generation
 
 @pytest.mark.parametrize('changes', [dict(position='rotary'), dict(position='learned'),

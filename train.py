@@ -237,10 +237,11 @@ def learn(x, y, share=1.0):
     With p = softmax(logits), its derivative by the logits of a token is p - 1 at y, p elsewhere."""
     with autocast:
         logits = net(x)  # (B, T, V)
-    p, y = logits.detach().softmax(dim=-1), y[..., None]
-    loss = -p.gather(-1, y).clamp(min=1e-30).log().mean()
-    logits.backward(p.scatter_add_(-1, y, -torch.ones_like(p[..., :1])).mul_(share / y.numel()))
-    return loss * share
+    p, y = logits.detach().softmax(dim=-1, dtype=torch.float), y[..., None]
+    loss = share * -p.gather(-1, y).clamp(min=1e-30).log().mean()
+    p.scatter_add_(-1, y, torch.full_like(p[..., :1], -1)).mul_(share / y.numel())
+    logits.backward(p.to(logits.dtype))
+    return loss
 
 def loss_of(x, y):
     """Of a whole text: the sum of -log p(y), nats."""
