@@ -29,8 +29,9 @@ class CharTokenizer:
     """
     kind, cut = 'char', staticmethod(iter)
     def __init__(self, learned):
+        assert type(learned) is list and len(learned) <= MAX_VOCAB, 'no list of tokens'
         self.learned, self.ids = learned, {unit: i for i, unit in enumerate(learned)}
-        self.tokens, self.unknown = [unit.encode() for unit in learned], self.ids[UNKNOWN]
+        self.tokens, self.unknown = [unit[:64].encode() for unit in learned], self.ids[UNKNOWN]
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
@@ -75,6 +76,7 @@ class BPETokenizer(CharTokenizer):
     kind = 'bpe'  # it works on strings in which chr(i) is token i, at first a byte
     word = staticmethod(lambda piece: piece.encode('utf-8', 'replace').decode('latin-1'))
     def __init__(self, learned):
+        assert type(learned) is list and len(learned) <= MAX_VOCAB - 256, 'no list of merges'
         self.learned = learned
         self.ids = {(chr(a), chr(b)): 256 + i for i, (a, b) in enumerate(learned)}
         self.tokens = [bytes([byte]) for byte in range(256)]
@@ -119,7 +121,7 @@ class BPETokenizer(CharTokenizer):
 
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
 # -- The model ------------------------------------------------------------------------------------
-ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu}
+ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
 POSITIONS = ['rotary', 'learned', 'none']
 @dataclass
 class GPTConfig:
@@ -133,17 +135,22 @@ class GPTConfig:
     dropout: float = 0.0
     position: str = 'rotary'
     norm_weights: bool = False
-    activation: str = 'relu'
+    activation: str = 'relu2'
     bias: bool = False
     tied: bool = False
     value_embeddings: bool = True
     smear: bool = True
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            assert type(value) in (kind, int) and (kind is str or 0 <= value <= 2**18), name
+        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
-        assert 0 <= self.n_layer <= 1000 and 0 < self.block_size <= 2**16, 'sizes out of range'
-        assert 0 <= self.dropout < 1 and self.position in POSITIONS, 'no such model'
+        assert min(self.vocab_size, self.n_embd, self.n_head) > 0 and self.n_layer <= 1000, 'sizes'
+        assert 0 < self.block_size * self.head_dim <= 2**26, 'block_size x head_dim out of range'
+        assert self.activation in ACTIVATIONS and self.dropout < 1, 'activation or dropout'
+        assert self.position in POSITIONS[self.head_dim % 2:], 'position, or an odd head_dim'
 
     @property
     def n_params(self):
@@ -192,31 +199,22 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
-class MLP(nn.Module):
-    """Each token by itself: up to mlp_dim, an activation, down again."""
-    def __init__(self, config):
-        super().__init__()
-        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
-        self.out = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        return self.out(self.activation(self.up(x)))  # (B, T, C)
-
 class Block(nn.Module):
-    """Tokens exchange what they know, then each thinks it over; both add to the stream x."""
+    """Tokens exchange what they know, then each thinks it over by itself, in an MLP: up to mlp_dim,
+    an activation (relu2: arXiv:2109.08668), down again. Both add to the stream x."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.norm1 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
+        self.config, C, M = config, config.n_embd, config.mlp_dim
+        self.norm1 = nn.LayerNorm(C, elementwise_affine=config.norm_weights)
         self.attention = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
-        self.mlp = MLP(config)
+        self.norm2 = nn.LayerNorm(C, elementwise_affine=config.norm_weights)
+        self.up, self.down = nn.Linear(C, M, config.bias), nn.Linear(M, C, config.bias)
 
     def forward(self, x, idx, turn, cache):
-        p = self.config.dropout
+        p, activation = self.config.dropout, ACTIVATIONS[self.config.activation]
         x = x + F.dropout(self.attention(self.norm1(x), idx, turn, cache), p, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), p, self.training)  # (B, T, C)
+        y = self.down(activation(self.up(self.norm2(x))))  # (B, T, mlp_dim) and back
+        return x + F.dropout(y, p, self.training)  # (B, T, C)
 
 class GPT(nn.Module):
     """Token ids (B, T) to logits (B, T, V). n_layer=0 is the bigram model, two tables' product."""
@@ -260,9 +258,9 @@ class GPT(nn.Module):
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
     top_k keeps the k likeliest (0: all), top_p the fewest that suffice (arXiv:1904.09751)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
-    p = (logits.float() / temperature).softmax(dim=-1)
+    p = (logits.float() / temperature).nan_to_num().softmax(dim=-1)
     if top_k or top_p < 1:
         best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
         enough = (best.cumsum(dim=-1) - best < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
@@ -317,8 +315,7 @@ def fail(message):
     sys.exit(2)
 
 def override(settings):
-    """Let the command line set a script's globals, of which only the settings have been assigned
-    so far: --name=value, --name value, --help. Returns the settings as a dict."""
+    """Let the command line set the globals that a script has assigned so far; returns a dict."""
     def boolean(text):
         return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
     with open(settings['__file__'], encoding='utf-8') as file:
@@ -328,13 +325,17 @@ def override(settings):
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
     signal.signal(getattr(signal, 'SIGPIPE', signal.SIGINT), signal.SIG_DFL)  # as in `| head`
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
-    sys.stdout.reconfigure(errors='backslashreplace')  # nor for what the screen can't show
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # nor where there is no screen,
+    sys.stdout.reconfigure(errors='backslashreplace')  # nor for what it can't show
     for name, value in list(settings.items()):
         if name[0].islower() and type(value) in (bool, int, float, str):
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
                                 type=boolean if type(value) is bool else type(value),
                                 help=comments.get(name, '').replace('%', '%%'))
-    settings.update(config := vars(parser.parse_args()))
+    config = vars(parser.parse_args())
+    if [] in config.values():
+        parser.error('-- is no value')
+    settings.update(config)
     return config
 
 def limit(config, **limits):
@@ -350,8 +351,9 @@ def pick_device(name):
     auto = ('cuda' if torch.cuda.is_available() else
             'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        return torch.zeros(1, device=auto if name == 'auto' else name).device
-    except (AssertionError, RuntimeError):
+        place = torch.zeros(1, device=auto if name == 'auto' else name)
+        return place.item() or place.device  # one that gives back what it holds
+    except Exception:  # many kinds
         fail(f'--device={name} is not available here; try --device=auto')
 
 def write(files):
@@ -379,20 +381,20 @@ MAY_CALL = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', 'torch
 def load(path):
     """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
     try:
+        assert os.path.isfile(path), 'no such file'
         data = pathlib.Path(path).read_bytes()
         parts, size = zipfile.ZipFile(io.BytesIO(data)), len(data)
-        if (sum(part.file_size for part in parts.infolist()) > size or parts.testzip()
-                or data[:2] != b'PK' or b'constants.pkl' in data  # which torch 2.5 would run
-                or not {name for part in parts.namelist() if part.endswith('.pkl') for op, name, _
-                        in pickletools.genops(parts.read(part)) if op.name == 'GLOBAL'} <= MAY_CALL):
-            raise ValueError('damaged, or not of this program')
+        assert sum(part.file_size for part in parts.infolist()) <= size and not parts.testzip()
+        assert data[:2] == b'PK' and b'constants.pkl' not in data  # which torch 2.5 would run
+        assert {name for part in parts.namelist() if part.endswith('.pkl') for op, name, _ in
+                pickletools.genops(parts.read(part)) if op.name == 'GLOBAL'} <= MAY_CALL
         saved = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
         config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
-        if (saved['version'] != 1 or 4 * config.n_params > size or type(learned) is not list
-                or len((tokenizer := TOKENIZERS[kind](learned)).tokens) != config.vocab_size):
-            raise ValueError('of another version of this program')
-        model = GPT(config)
+        assert saved['version'] == 1 and 4 * config.n_params <= size, 'of another version'
+        model, tokenizer = GPT(config), TOKENIZERS[kind](learned)
         model.load_state_dict(saved['model'])
+        assert len(tokenizer.tokens) == config.vocab_size, 'tokens and weights do not fit'
+        assert all(w.isfinite().all() for w in model.parameters()), 'weights that are no numbers'
         return model, tokenizer, saved
     except Exception as error:  # whatever a file that is missing, damaged or hostile may cause
         fail(f'{path}: no checkpoint that can be read ({str(error)[:150] or type(error).__name__})')

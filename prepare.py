@@ -4,19 +4,7 @@ Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what t
     python prepare.py                                    the papers of papers/
     python prepare.py --source=FOLDER --dataset=NAME     your own: .tex, .zip, .tar.gz, arXiv's .gz
 """
-import codecs
-import contextlib
-import gzip
-import io
-import json
-import math
-import os
-import re
-import sys
-import tarfile
-import tempfile
-import zipfile
-import zlib
+import codecs, contextlib, gzip, io, json, math, os, re, sys, tarfile, tempfile, zipfile, zlib
 from array import array
 
 from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override, write

@@ -7,10 +7,7 @@ Text from a trained model; and two pages that show how it reads.
     python sample.py --start='Let $X$ be' --attention=attention.html
     python sample.py --text=paper.tex --page=paper.html
 """
-import itertools
-import json
-import math
-import os
+import itertools, json, math, os
 from unittest import mock
 
 from gpt import attention as equation_1
@@ -37,6 +34,9 @@ limit(config, num_samples=(1, 10**4), max_new_tokens=(1, 10**9), temperature=(0,
       top_k=(0, 2**16), top_p=(0, 1), seed=(0, 2**31))
 if page and not text:
     fail(f'--page={page} shows a text: name its file with --text=FILE')
+for name in filter(None, (attention, page)):
+    if not name.endswith('.html'):
+        fail(f'{name}: a page is a file whose name ends in .html')
 
 def contents(setting, path):
     try:
@@ -50,7 +50,7 @@ device, window = pick_device(device), model.config.block_size
 model.to(device).eval()
 if start.startswith('FILE:'):
     start = contents('start', start[5:])
-prompt = tokenizer.encode(start) or tokenizer.encode('\n')
+prompt = (tokenizer.encode(start) or tokenizer.encode('\n'))[-window:]
 
 @torch.inference_mode()
 def read(ids):
@@ -173,7 +173,7 @@ show(heads.length ? N - 1 : 0, heads)
 """
 # ------------------------------------------------------------------------------------------------
 if attention:
-    ids = torch.tensor(prompt[-min(window, 256):], device=device)  # what a page can show
+    ids = torch.tensor(prompt[-256:], device=device)  # what a page can show
     with mock.patch.object(F, 'scaled_dot_product_attention', watched):
         reading = read(ids)
     write_page(attention, f'What the model sees in {len(ids)} tokens', ids, *reading)
@@ -189,7 +189,7 @@ elif text:
     if page:
         write_page(page, title, ids, *reading)
 else:
-    idx = torch.tensor([prompt] * num_samples, device=device)
+    idx = torch.tensor([prompt], device=device).expand(num_samples, -1)
     chance = torch.Generator(device).manual_seed(seed)
     columns = generate(model, idx, max_new_tokens, temperature=temperature, top_k=top_k,
                        top_p=top_p, generator=chance)

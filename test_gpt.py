@@ -532,7 +532,7 @@ def test_the_first_loss_is_ln_V(changes):
     assert loss == pytest.approx(math.log(2048), rel=0.02)
 
 
-@pytest.mark.parametrize('activation', ['relu', 'gelu'])
+@pytest.mark.parametrize('activation', ['relu', 'relu2', 'gelu'])
 def test_a_batch_is_learned_by_heart(activation):
     torch.manual_seed(0)
     model = GPT(GPTConfig(20, block_size=16, n_embd=32, n_layer=1, activation=activation))
@@ -548,7 +548,7 @@ def test_every_setting_of_the_model_is_read():
     """There are notebooks in which the activation is a setting that nothing reads."""
     idx = torch.randint(11, (2, 16))
     plain = small()(idx)
-    for changes in (dict(activation='gelu'), dict(position='none')):
+    for changes in (dict(activation='relu'), dict(activation='gelu'), dict(position='none')):
         assert not torch.allclose(small(**changes)(idx), plain)
     tied = small(tied=True)
     assert tied.head.weight is tied.token.weight

@@ -7,18 +7,7 @@ Train a GPT on what prepare.py has written.
     python train.py --init_from=out/ckpt.pt --out_dir=mine --dataset=NAME    finetune
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
-import csv
-import ctypes
-import io
-import itertools
-import json
-import math
-import os
-import shutil
-import signal
-import sys
-import time
-import zlib
+import csv, ctypes, io, itertools, json, math, os, shutil, signal, sys, time, zlib
 from contextlib import nullcontext, suppress
 
 try:
@@ -57,7 +46,7 @@ mlp_dim = 0  # inner dimension of the MLP, 0 for 4 n_embd
 dropout = 0.2  # share of channels left out at random, against learning by heart
 position = 'rotary'  # rotary, learned or none
 norm_weights = False  # weights and biases in layer normalization
-activation = 'relu'  # relu or gelu
+activation = 'relu2'  # relu2, relu or gelu
 bias = False  # biases in linear maps
 tied = False  # one table for tokens and head
 value_embeddings = True  # a table for the values of each layer
@@ -100,8 +89,8 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
     if os.path.isdir(out_dir) and os.environ.get('RANK', '0') == '0':
         lock = hold(out_dir)
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
-    known = {name: value for name, value in dict(saved.get('settings', {})).items()
-             if name not in ('out_dir', 'init_from')}
+    settings = saved['settings'] if type(saved.get('settings')) is dict else {}
+    known = {name: settings[name] for name in set(settings) & set(config) - {'out_dir', 'init_from'}}
     sys.argv[1:1] = [f'--{name}={value}' for name, value in known.items()]
     config = override(globals())
     for name in set(known) - {'data_dir', 'max_iters', 'max_minutes', 'eval_interval', 'device',
@@ -112,7 +101,7 @@ elif init_from != 'scratch':  # weights, tokenizer and shape from there, all els
     model, tokenizer, _ = load(init_from)
     block_size, model.config.dropout = model.config.block_size, dropout
 limit(config, max_iters=(0, 10**9), max_minutes=(0, 10**6), eval_interval=(1, 10**9),
-      batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), block_size=(1, 2**16),
+      batch_size=(1, 2**14), gradient_accumulation_steps=(1, 2**10), block_size=(1, 2**16),
       n_layer=(0, 1000), n_head=(1, 1000), n_embd=(1, 2**16), head_dim=(0, 2**14),
       mlp_dim=(0, 2**18), dropout=(0, 0.99), position=POSITIONS,
       activation=list(ACTIVATIONS), optimizer=['muon', 'adamw'], learning_rate=(0, 10),
@@ -145,12 +134,13 @@ with suppress(AttributeError, TypeError):  # for a C library that is not glibc
 def read(name):
     """The tokens of a part, mapped from disk: (N,) int16, whose bits are those of uint16."""
     path, size, crc, largest = os.path.join(folder, f'{name}.bin'), meta[name]['tokens'], 0, 0
+    complete = os.path.getsize(path) == 2 * size
     with open(path, 'rb') as file:
-        while chunk := bytearray(file.read(2**22)):
+        while complete and (chunk := bytearray(file.read(2**22))):
             crc = zlib.crc32(chunk, crc)
             chunk = torch.frombuffer(chunk + bytes(len(chunk) % 2), dtype=torch.int16)
             largest = max(largest, (chunk.int() & 0xffff).max().item())
-    if crc != meta[name]['crc32'] or os.path.getsize(path) != 2 * size or largest >= V:
+    if crc != meta[name]['crc32'] or not complete or largest >= V:
         fail(f'{path} and meta.json are not of one data set; {again}')
     if size <= block_size:
         fail(f'{path}: {size} tokens are too few for --block_size={block_size}')
@@ -172,10 +162,14 @@ def get_batch(i):
 folder = os.path.join(data_dir, dataset)
 again = f'prepare it (again): python prepare.py --source=... --dataset={dataset}'
 try:
+    assert all(os.path.isfile(os.path.join(folder, name))
+               for name in ('meta.json', 'train.bin', 'val.bin')), 'a file is missing'
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
     learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
-    V, sticks = len(learned.tokens), {name: float(x) for name, x in meta['yardsticks'].items()}
+    V = len(learned.tokens)
+    sticks = {name: float(meta['yardsticks'][name]) for name in ('uniform', 'unigram', 'bigram')}
+    assert all(0 <= bits < 1000 for bits in sticks.values()), 'yardsticks'
     tokens_a_character = meta['val']['tokens'] / meta['val']['characters']
     train, val = read('train'), read('val')
 except Exception as error:  # whatever a file that is missing or damaged may cause
@@ -187,9 +181,12 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    shape = GPTConfig(V, **shape)
-    if shape.n_params > 2**30:
-        fail('a model of more than 2^30 parameters; take a smaller --n_embd or --n_layer')
+    try:
+        shape = GPTConfig(V, **shape)
+    except AssertionError as error:
+        fail(f'no such model: {error}')
+    if shape.n_params > 2**28:
+        fail('a model of more than 2^28 parameters; take a smaller --n_embd or --n_layer')
     model = GPT(shape)
 if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     fail(f'{folder} was made with another tokenizer than the model; '
@@ -214,12 +211,18 @@ i, best, seconds, log, losses = 0, math.inf, 0.0, [], []  # the state of a run, 
 if saved:
     try:
         i, best, seconds = saved['step'], saved['best'], saved['seconds']
-        log, losses = [list(row) for row in saved['log']], list(saved['losses'])
-        assert sum([best, seconds, *losses, *itertools.chain(*log)]) >= 0 <= i < 2**31
-        assert all(len(row) == len(COLUMNS) for row in log)
+        log, losses = saved['log'], saved['losses']
+        assert type(log) is type(losses) is list and type(i) is int and 0 <= i < 2**31
+        assert all(type(row) is list and len(row) == len(COLUMNS) for row in log)
+        for x in itertools.chain([best, seconds], losses, *log):
+            assert type(x) in (int, float) and 0 <= x < 1e15
         for one, state in zip(optimizers, saved['optimizers']):
             one.load_state_dict({**one.state_dict(), 'state': state['state']})
-            assert all(x.shape in ((), w.shape) for w in one.state for x in one.state[w].values())
+            for w, kept in one.state.items():
+                shapes = {'exp_avg': w.shape, 'exp_avg_sq': w.shape, 'step': ()}
+                shapes = {'M': w.shape} if isinstance(one, Muon) else shapes
+                assert {name: x.shape for name, x in kept.items()} == shapes
+                assert all(x.is_contiguous() for x in kept.values())
         groups = [group for one in optimizers for group in one.param_groups]
     except Exception as error:  # whatever a damaged file may cause
         fail(f'{out_dir}/last.pt: no run that can be resumed ({type(error).__name__}: {error})')
@@ -310,6 +313,11 @@ def clock():
     """Seconds that the run has taken, those before it was resumed included."""
     return seconds + time.perf_counter() - START
 
+def say(text, **how):
+    """Print; a screen that is full or gone stops nothing."""
+    with suppress(OSError):
+        print(text, flush=True, **how)
+
 def time_left():
     left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
     return f'{left // 60:.0f}m{left % 60:02.0f}s left'
@@ -345,7 +353,7 @@ def loss_svg(log, yardsticks):
     def x(step):
         return round(left + (right - left) * step / last, 1)
     def y(bits):
-        return round(top + (bottom - top) * (high - min(high, bits)) / (high - low), 1)
+        return round(top + (bottom - top) * (high - min(high, bits)) / (high - low or 1), 1)
     def text(x, y, words, kind=''):
         return f'<text x="{x}" y="{y}" class="{kind}">{words}</text>\n'
     def path(points, kind):
@@ -391,8 +399,8 @@ def keep(*names):
         write({os.path.join(out_dir, name): data for name, data in files.items()})
         return True
     except OSError as error:
-        print(f'not saved ({error.filename or out_dir}: {error.strerror}); what was saved before '
-              'is whole', file=sys.stderr)
+        print(f'not saved ({error.filename2 or error.filename or out_dir}: {error.strerror}); what '
+              'was saved before is whole', file=sys.stderr)
 
 def report():
     """Evaluate, print a line and a few words, keep the best model and the newest state."""
@@ -411,14 +419,14 @@ def report():
     train_loss = sum(losses) / len(losses) if losses else val_loss
     log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, bits,
                 groups[0]['lr']])
-    print(f'step {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
-          f'{bits:.2f} bits/char, {speed:.0f} tok/s, {time_left()}'
-          + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
+    say(f'step {i}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
+        f'{bits:.2f} bits/char, {speed:.0f} tok/s, {time_left()}'
+        + (f' (on {part:.0%} of the validation part)' if part < 1 else ''))
     model.eval()
     words = generate(model, torch.tensor([tokenizer.encode('\n')], device=device), 32,
                      generator=torch.Generator(device).manual_seed(seed))
     words = ''.join(tokenizer.stream(int(word) for word in words))
-    print('   ', ' '.join(words.split()), flush=True)
+    say('    ' + ' '.join(words.split()))
     model.train()
     losses.clear()
     return keep('last.pt', *['ckpt.pt'] * better)
@@ -439,11 +447,11 @@ if rank == 0:
             os.rename(out_dir, f'{out_dir}.{n}')
         except OSError as error:
             fail(f'{out_dir} cannot become {out_dir}.{n}: {error.strerror}')
-        print(f'the run that was in {out_dir} is now in {out_dir}.{n}')
+        say(f'the run that was in {out_dir} is now in {out_dir}.{n}')
         lock = hold(out_dir)
-    print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
-          f'{step_tokens:,} in a step; {device}, {threads} thread{"s" * (threads > 1)}'
-          + (f'; resumed at step {i}' if i else ''))
+    say(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
+        f'{step_tokens:,} in a step; {device}, {threads} thread{"s" * (threads > 1)}'
+        + (f'; resumed at step {i}' if i else ''))
 
 stopping, kept = 0, True
 signal.signal(signal.SIGINT, on_signal)
@@ -479,7 +487,7 @@ while True:
         width = shutil.get_terminal_size().columns - 1
         line = (f'step {i} [{"=" * int(20 * progress):20}] loss {losses[-1]:.3f}, {time_left()}, '
                 f'{speed:.0f} tok/s')
-        print(line[:width].ljust(width), end='\r', flush=True)
+        say(line[:width].ljust(width), end='\r')
 
 if world > 1:
     dist.barrier()  # until the first has saved
@@ -487,10 +495,10 @@ if world > 1:
 if rank == 0:
     if stopping:
         kept = keep('last.pt')
-        print(f'\nstopped{" and saved" * bool(kept)} at step {i}; to go on: '
-              f'python train.py --init_from=resume --out_dir={out_dir}')
+        say(f'\nstopped{" and saved" * bool(kept)} at step {i}; to go on: '
+            f'python train.py --init_from=resume --out_dir={out_dir}')
     else:
-        print(f'finished; to see it write: python sample.py --out_dir={out_dir}')
+        say(f'finished; to see it write: python sample.py --out_dir={out_dir}')
     lock.close()
 if stopping:
     sys.exit(128 + stopping)
