@@ -720,7 +720,8 @@ def test_nothing_trained_is_overwritten(run, papers):
     ('train.py', '--position=left', 'rotary, learned'),
     ('train.py', '--max_iters', 'max_iters'), ('train.py', '--n_head=7', 'n_head'),
     ('train.py', '--head_dim=7', 'even'), ('train.py', 'config.py', 'config.py'),
-    ('train.py', '--device=abacus', 'device'), ('prepare.py', '--source=nowhere', 'nowhere'),
+    ('train.py', '--device=abacus', 'device'), ('train.py', '--device=meta', 'device'),
+    ('train.py', '--seed=--', 'no value'), ('prepare.py', '--source=nowhere', 'nowhere'),
     ('prepare.py', '--val_fraction=2', '0.001 to'), ('sample.py', '--temperature=-1', '0 to'),
     ('sample.py', '--out_dir=nowhere', 'nowhere'), ('train.py', '--dataset=nowhere', 'prepare.py')])
 def test_a_wrong_setting_ends_with_one_line(run, script, argument, hint):
@@ -836,7 +837,8 @@ def test_hostile_tokens_stay_text(run, tmp_path):
 
 @pytest.mark.parametrize('arguments, hint', [
     (['--page=p.html'], '--text'), (['--text=nowhere.tex'], 'nowhere.tex'),
-    (['--text=one.tex'], 'too short'), (['--attention=no/where.html'], 'no/where.html')])
+    (['--text=one.tex'], 'too short'), (['--attention=no/where.html'], 'no/where.html'),
+    (['--text=one.tex', '--page=one.tex'], 'ends in .html')])
 def test_pages_fail_in_one_line(run, tmp_path, arguments, hint):
     checkpoint('abc\n' + gpt.UNKNOWN)
     (tmp_path / 'one.tex').write_text('a')
@@ -1013,7 +1015,12 @@ HOSTILE = {  # what is changed in a checkpoint: a path of keys, and what stands 
     'position': (('config', 'position'), 'left'), 'double': (('tokenizer', 1), DOUBLING[:20]),
     'range': (('tokenizer', 1), [[999, 1]] * 44), 'kind': (('tokenizer', 0), 'no'),
     'short': (('tokenizer', 1), [[97, 98]]), 'unknown': (('tokenizer',), ['char', ['a'] * 300]),
-    'list': (('config',), [])}
+    'list': (('config',), []), 'float': (('config', 'block_size'), 16.0),
+    'wide': (('config', 'head_dim'), 2**16), 'rotary': (('config', 'head_dim'), 3),
+    'true': (('config', 'n_layer'), True), 'many': (('tokenizer', 1), [[97, 98]] * 10**5),
+    'text': (('tokenizer',), ['char', 'abc' + gpt.UNKNOWN]),
+    'numbers': (('model', 'head.weight'), torch.full((300, 16), float('nan')))}
+FLAT = torch.zeros(1).expand(300, 16)  # many numbers in the room of one
 STATE = {
     'settings': (('settings',), []), 'setting': (('settings', 'learning_rate'), 'x'),
     'seed': (('settings', 'seed'), 1.5), 'data': (('settings', 'data_dir'), None),
@@ -1021,7 +1028,13 @@ STATE = {
     'steps': (('step',), '3'),
     'best': (('best',), 'x'), 'losses': (('losses',), ['a']), 'seconds': (('seconds',), 'x'),
     'threads': (('settings', 'threads'), -1), 'optimizers': (('optimizers',), [1, 2]),
-    'moments': (('optimizers', 0, 'state', 0), dict(step=torch.tensor(1.), exp_avg=torch.zeros(3)))}
+    'moments': (('optimizers', 0, 'state', 0), dict(step=torch.tensor(1.), exp_avg=torch.zeros(3))),
+    'no moments': (('optimizers', 0, 'state', 0), dict(step=torch.tensor(1.))),
+    'flat': (('optimizers', 0, 'state', 1), dict(step=torch.tensor(1.), exp_avg=FLAT,
+                                                 exp_avg_sq=FLAT)),
+    'half': (('step',), 2.5), 'tensor': (('seconds',), torch.tensor(1.)), 'none': (('log',), FLAT),
+    'far': (('log',), [[0, 0, 0, 0, 0, -1e300, 0], [0, 0, 0, 0, 0, 1e300, 0]]),
+    'settings 5': (('settings',), 5)}
 
 
 def spoil(path, keys, value):
@@ -1045,14 +1058,10 @@ def test_a_hostile_checkpoint_is_refused_by_every_script(base, run, what):
     assert not os.path.exists('pwned')
 
 
-def test_merges_that_double_take_no_memory():
-    """43 of them would make a token of 2^43 bytes."""
-    assert max(map(len, gpt.BPETokenizer(DOUBLING).tokens)) <= 256
-
-
-def test_tokens_that_double_take_no_memory():
-    """A token that's longer than any piece can't have been learned, and is cut."""
+def test_tokens_longer_than_any_piece_take_no_memory():
+    """43 merges would make 2^43 bytes. What can't have been learned is cut."""
     assert max(map(len, BPETokenizer(DOUBLING).tokens)) == 256
+    assert max(map(len, CharTokenizer(['a' * 10**6, gpt.UNKNOWN]).tokens)) == 64
 
 
 @pytest.mark.parametrize('what', STATE)
@@ -1089,7 +1098,9 @@ def test_torchscript_is_refused(base, run, monkeypatch):
     dict(tokenizer='x'), dict(tokenizer={'kind': 'no', 'learned': []}), dict(train={}),
     dict(val=[]),
     dict(tokenizer={'kind': 'char', 'learned': ['a'] * 300}), dict(train=None),
-    dict(tokenizer={'kind': 'bpe', 'learned': DOUBLING[:9]})])
+    dict(tokenizer={'kind': 'bpe', 'learned': DOUBLING[:9]}), dict(yardsticks={}),
+    dict(yardsticks=dict(uniform=1, unigram=math.nan, bigram=1)),
+    dict(tokenizer={'kind': 'char', 'learned': 'abc' + gpt.UNKNOWN})])
 def test_a_meta_json_that_is_damaged_is_refused(base, run, change):
     with open('data/mine/meta.json') as file:
         meta = json.load(file)
