@@ -1,6 +1,5 @@
 """A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
 A letter has one meaning throughout; a comment like (B, T, C) is the shape of what stands before.
-
     B batch, texts read side by side      V vocabulary size
     T time, tokens of a text              H heads
     C channels, the width of the model    D dimension of a head, d_k in [1]
@@ -17,8 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 # -- Tokens: a text becomes integers 0 ... V-1, and comes back from them --------------------------
-MAX_VOCAB = 2**16  # a token is stored in 16 bits
-UNKNOWN = '\ufffd'  # stands for what the char and the word tokenizer have not seen
+MAX_VOCAB, UNKNOWN = 2**16, '\ufffd'  # a token is stored in 16 bits; what was never learned
 
 class CharTokenizer:
     r"""One token a character; `learn` keeps the most frequent ones.
@@ -144,19 +142,23 @@ class GPTConfig:
     def __post_init__(self):
         for name, kind in self.__annotations__.items():
             value = getattr(self, name)
-            assert type(value) in (kind, int) and (kind is str or 0 <= value <= 2**18), name
+            assert type(value) in (kind, kind is float and int), name
+            assert kind is str or 0 <= value <= {int: 2**18, float: 0.9999, bool: 1}[kind], name
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
         assert min(self.vocab_size, self.n_embd, self.n_head) > 0 and self.n_layer <= 1000, 'sizes'
         assert 0 < self.block_size * self.head_dim <= 2**26, 'block_size x head_dim out of range'
-        assert self.activation in ACTIVATIONS and self.dropout < 1, 'activation or dropout'
-        assert self.position in POSITIONS[self.head_dim % 2:], 'position, or an odd head_dim'
+        assert self.activation in ACTIVATIONS and self.position in POSITIONS[self.head_dim % 2:]
 
     @property
     def n_params(self):
-        """The exact number of parameters, counted on a model that takes no memory."""
-        with torch.device('meta'):
-            return sum(p.numel() for p in GPT(self).parameters())
+        """The exact number of parameters."""
+        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
+        b, norm = self.bias, 2 * C * self.norm_weights
+        block = 2 * norm + 4 * C * HD + 2 * C * M + (2 * C + M) * b + V * HD * self.value_embeddings
+        once = C * self.smear + self.block_size * C * (self.position == 'learned')
+        ends = V * C * (2 - self.tied) + V * b + norm
+        return ends + self.n_layer * block + once * (self.n_layer > 0)
 
 def attention(q, k, v):
     """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
@@ -332,8 +334,7 @@ def override(settings):
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
                                 type=boolean if type(value) is bool else type(value),
                                 help=comments.get(name, '').replace('%', '%%'))
-    config = vars(parser.parse_args())
-    if [] in config.values():
+    if [] in (config := vars(parser.parse_args())).values():
         parser.error('-- is no value')
     settings.update(config)
     return config
@@ -343,8 +344,7 @@ def limit(config, **limits):
     for name, allowed in limits.items():
         value, words = config[name], isinstance(allowed, list)
         if value not in allowed if words else not allowed[0] <= value <= allowed[1]:
-            wanted = ', '.join(allowed) if words else '{} to {}'.format(*allowed)
-            fail(f'--{name}={value}: must be {wanted}')
+            fail(f'--{name}={value}: wanted ' + (', ' if words else ' to ').join(map(str, allowed)))
 
 def pick_device(name):
     """auto takes cuda, else mps, else cpu."""

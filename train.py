@@ -184,7 +184,7 @@ if init_from == 'scratch':
     try:
         shape = GPTConfig(V, **shape)
     except AssertionError as error:
-        fail(f'no such model: {error}')
+        fail(f'no such model: {error or "position or head_dim"}')
     if shape.n_params > 2**28:
         fail('a model of more than 2^28 parameters; take a smaller --n_embd or --n_layer')
     model = GPT(shape)
@@ -404,11 +404,8 @@ def keep(*names):
 
 def report():
     """Evaluate, print a line and a few words, keep the best model and the newest state."""
-    global best, budget
-    began = clock()
+    global best
     val_loss = sound(evaluate(share))
-    if budget:  # leave time for the last evaluation
-        budget = max(0.01, 60 * max_minutes - (1 + last_share / share) * (clock() - began))
     better, best = val_loss < best, min(best, val_loss)
     if last and last_share > share:
         val_loss = evaluate(last_share)
@@ -457,7 +454,11 @@ stopping, kept = 0, True
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 while True:
-    progress = min(1, clock() / budget) if budget else i / max_iters if max_iters else 1
+    if budget:  # less the time of the last evaluation
+        rest = budget - 0.4 * (last_share + share * (share < last_share)) * len(val) / speed
+        progress = min(1, clock() / max(0.01, rest))
+    else:
+        progress = i / max_iters if max_iters else 1
     if world > 1:  # all see the clock and the signals of all
         both = torch.tensor([progress, stopping], dtype=torch.float64, device=device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
