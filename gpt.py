@@ -140,7 +140,7 @@ class GPTConfig:
     smear: bool = True
 
     def __post_init__(self):
-        for name, kind in self.__annotations__.items():
+        for name, kind in type(self).__annotations__.items():
             value = getattr(self, name)
             assert type(value) in (kind, kind is float and int), name
             assert kind is str or 0 <= value <= {int: 2**18, float: 0.9999, bool: 1}[kind], name
@@ -239,7 +239,7 @@ class GPT(nn.Module):
             self.head.weight = self.token.weight
 
     def hidden(self, idx, cache):
-        """What the head reads, (B, T, C); cache holds what a next call need not do again."""
+        """What the head reads, (B, T, C). With rooms in the cache, as in generate, calls go on."""
         c, T, x, t = self.config, idx.size(1), self.token(idx), cache.get('length', 0)
         if c.n_layer == 0:
             return x
@@ -352,7 +352,7 @@ def pick_device(name):
             'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
         place = torch.zeros(1, device=auto if name == 'auto' else name)
-        return place.item() or place.device  # one that gives back what it holds
+        return place.item() or place.device  # 0.0, where a tensor can hold it
     except Exception:  # many kinds
         fail(f'--device={name} is not available here; try --device=auto')
 
@@ -373,7 +373,7 @@ def write(files):
 def checkpoint(model, tokenizer, **more):
     """The bytes of a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
     file = io.BytesIO()
-    torch.save(dict(version=1, config=vars(model.config), model=model.state_dict(),
+    torch.save(dict(version=2, config=vars(model.config), model=model.state_dict(),
                     tokenizer=[tokenizer.kind, tokenizer.learned], **more), file)
     return file.getvalue()
 
@@ -389,8 +389,8 @@ def load(path):
         assert {name for part in parts.namelist() if part.endswith('.pkl') for op, name, _ in
                 pickletools.genops(parts.read(part)) if op.name == 'GLOBAL'} <= MAY_CALL
         saved = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-        config, (kind, learned) = GPTConfig(**saved['config']), saved['tokenizer']
-        assert saved['version'] == 1 and 4 * config.n_params <= size, 'of another version'
+        (kind, learned), config = saved['tokenizer'], saved['version'] == 2 and saved['config']
+        assert 4 * (config := GPTConfig(**config)).n_params <= size, 'too few weights'
         model, tokenizer = GPT(config), TOKENIZERS[kind](learned)
         model.load_state_dict(saved['model'])
         assert len(tokenizer.tokens) == config.vocab_size, 'tokens and weights do not fit'

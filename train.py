@@ -70,6 +70,13 @@ compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
 config = override(globals())
 
+def say(text, **how):
+    """Print; a screen that is full or gone stops nothing."""
+    try:
+        print(text, flush=True, **how)
+    except OSError:
+        sys.stdout = open(os.devnull, 'w')
+
 def hold(folder):
     """The lock of a run's folder: the system lets go of it when the process ends, however."""
     try:
@@ -80,6 +87,8 @@ def hold(folder):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.close()  # or Windows could not move the folder
     except OSError:
         fail(f'{folder}: another train.py is at work there; --out_dir=FOLDER for a run beside it')
     return file
@@ -99,7 +108,8 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
             fail(f'--{name}={config[name]}: this run has {known[name]}, to its end')
 elif init_from != 'scratch':  # weights, tokenizer and shape from there, all else fresh
     model, tokenizer, _ = load(init_from)
-    block_size, model.config.dropout = model.config.block_size, dropout
+    config['block_size'] = block_size = model.config.block_size
+    model.config.dropout = dropout
 limit(config, max_iters=(0, 10**9), max_minutes=(0, 10**6), eval_interval=(1, 10**9),
       batch_size=(1, 2**14), gradient_accumulation_steps=(1, 2**10), block_size=(1, 2**16),
       n_layer=(0, 1000), n_head=(1, 1000), n_embd=(1, 2**16), head_dim=(0, 2**14),
@@ -116,12 +126,13 @@ if position == 'rotary' and (head_dim or n_embd // n_head) % 2:
 # one process, or one of several that torchrun has started
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if world > 1 and torch.cuda.is_available()
-                     else device)
+if world > 1:  # each process takes a GPU of its own, or all take the CPU
+    device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
+device = pick_device(device)
 if batch_size % world:
     fail(f'--batch_size={batch_size} does not divide into {world} processes')
 if world > 1:
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
 autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
 with suppress(AttributeError, TypeError):  # for a C library that is not glibc
@@ -184,13 +195,13 @@ if init_from == 'scratch':
     try:
         shape = GPTConfig(V, **shape)
     except AssertionError as error:
-        fail(f'no such model: {error or "position or head_dim"}')
+        fail(f'no such model: {error}')
     if shape.n_params > 2**28:
         fail('a model of more than 2^28 parameters; take a smaller --n_embd or --n_layer')
     model = GPT(shape)
 if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     fail(f'{folder} was made with another tokenizer than the model; '
-         f'{again} --tokenizer_from={init_from}')
+         f'{again} --tokenizer_from={os.path.join(out_dir, "last.pt") if saved else init_from}')
 model.to(device)
 
 tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -233,11 +244,12 @@ if compile:
         compiled(torch.zeros(1, block_size, dtype=torch.long, device=device))
         net = compiled
     except Exception as error:
-        print(f'--compile: not possible here ({type(error).__name__}); going on without')
+        say(f'--compile: not possible here ({type(error).__name__}); going on without')
 
 def learn(x, y, share=1.0):
     """Add the gradient of the mean loss, -log p(y) in nats, times a share, to the weights' own.
-    With p = softmax(logits), its derivative by the logits of a token is p - 1 at y, p elsewhere."""
+    With p = softmax(logits), its derivative by the logits of a token is p - 1 at y, p elsewhere;
+    written out it takes fewer passes over memory than F.cross_entropy and its backward."""
     with autocast:
         logits = net(x)  # (B, T, V)
     p, y = logits.detach().softmax(dim=-1, dtype=torch.float), y[..., None]
@@ -247,7 +259,7 @@ def learn(x, y, share=1.0):
     return loss
 
 def loss_of(x, y):
-    """Of a whole text: the sum of -log p(y), nats."""
+    """The sum of -log p(y) over all tokens, nats."""
     with autocast:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='sum').item()
 
@@ -281,7 +293,8 @@ def measure():
         torch.set_num_threads(n)
         for _ in range(3):  # the first is slow, whatever n
             began = time.perf_counter()
-            learn(x, y)
+            with net.no_sync() if world > 1 else nullcontext():  # each by itself
+                learn(x, y).item()
             fastest = max(fastest, (world * x.numel() / (time.perf_counter() - began), n))
     model.zero_grad()
     return fastest
@@ -291,11 +304,15 @@ try:
 except (RuntimeError, MemoryError) as error:
     fail(f'a batch does not go through the model here ({str(error)[:100]}); take a smaller '
          '--batch_size, --block_size or --n_embd')
+if world > 1:  # all go by the first one's
+    both = torch.tensor([speed, threads], dtype=torch.float64)
+    dist.broadcast(both, 0)
+    speed, threads = both[0].item(), int(both[1])
 torch.set_num_threads(threads)
 
 # Reading a token costs a third of learning from it. So that evaluations stay within a tenth of
 # the time, they take evenly spaced blocks where the validation part is large; the last one takes
-# all of it also where that is a fifth of a run of seconds.
+# all of it where that costs a fifth of the run at most.
 step_tokens = batch_size * gradient_accumulation_steps * block_size
 budget = 60 * max_minutes
 all_tokens = budget * speed if budget else max_iters * step_tokens
@@ -312,11 +329,6 @@ def schedule(i, progress):
 def clock():
     """Seconds that the run has taken, those before it was resumed included."""
     return seconds + time.perf_counter() - START
-
-def say(text, **how):
-    """Print; a screen that is full or gone stops nothing."""
-    with suppress(OSError):
-        print(text, flush=True, **how)
 
 def time_left():
     left = max(0, budget - clock() if budget else (max_iters - i) * step_tokens / speed)
@@ -399,7 +411,7 @@ def keep(*names):
         write({os.path.join(out_dir, name): data for name, data in files.items()})
         return True
     except OSError as error:
-        print(f'not saved ({error.filename2 or error.filename or out_dir}: {error.strerror}); what '
+        say(f'not saved ({error.filename2 or error.filename or out_dir}: {error.strerror}); what '
               'was saved before is whole', file=sys.stderr)
 
 def report():
@@ -439,30 +451,32 @@ if rank == 0:
     lock = lock or hold(out_dir)
     if init_from != 'resume' and any(os.path.exists(os.path.join(out_dir, name))
                                      for name in ('last.pt', 'ckpt.pt')):
-        n = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}.{n}'))
+        names = (f'{os.path.normpath(out_dir)}.{n}' for n in itertools.count(1))
+        aside = next(name for name in names if not os.path.exists(name))
         try:
-            os.rename(out_dir, f'{out_dir}.{n}')
+            os.rename(out_dir, aside)
         except OSError as error:
-            fail(f'{out_dir} cannot become {out_dir}.{n}: {error.strerror}')
-        say(f'the run that was in {out_dir} is now in {out_dir}.{n}')
+            fail(f'{out_dir} cannot become {aside}: {error.strerror}')
+        say(f'the run that was in {out_dir} is now in {aside}')
         lock = hold(out_dir)
     say(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
         f'{step_tokens:,} in a step; {device}, {threads} thread{"s" * (threads > 1)}'
         + (f'; resumed at step {i}' if i else ''))
 
 stopping, kept = 0, True
+signal.signal(getattr(signal, 'SIGPIPE', signal.SIGINT), signal.SIG_IGN)
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 while True:
     if budget:  # less the time of the last evaluation
-        rest = budget - 0.4 * (last_share + share * (share < last_share)) * len(val) / speed
-        progress = min(1, clock() / max(0.01, rest))
+        until = budget - 0.4 * (last_share + share * (share < last_share)) * len(val) / speed
+        progress = min(1, clock() / max(0.01, until))
     else:
         progress = i / max_iters if max_iters else 1
     if world > 1:  # all see the clock and the signals of all
-        both = torch.tensor([progress, stopping], dtype=torch.float64, device=device)
+        both = torch.tensor([progress, stopping], dtype=torch.float64)
         dist.all_reduce(both, dist.ReduceOp.MAX)
-        progress, stopping = both[0].item(), int(both[1])
+        progress, stopping = both[0].item(), max(stopping, int(both[1]))
     last = progress >= 1
     if (last or i % eval_interval == 0) and not (log and log[-1][0] == i):
         kept = report()
@@ -490,12 +504,13 @@ while True:
                 f'{speed:.0f} tok/s')
         say(line[:width].ljust(width), end='\r')
 
+if stopping and rank == 0:
+    kept = keep('last.pt')
 if world > 1:
     dist.barrier()  # until the first has saved
     dist.destroy_process_group()
 if rank == 0:
     if stopping:
-        kept = keep('last.pt')
         say(f'\nstopped{" and saved" * bool(kept)} at step {i}; to go on: '
             f'python train.py --init_from=resume --out_dir={out_dir}')
     else:
