@@ -1,7 +1,7 @@
 """
 Train a GPT on what prepare.py has written.
 
-    python train.py                                       a run of about three minutes
+    python train.py                                       a run of a minute and a half
     python train.py --dataset=NAME --max_minutes=10       as good as ten minutes make it
     python train.py --init_from=resume                    go on where a run has stopped
     python train.py --init_from=out/ckpt.pt --out_dir=mine --dataset=NAME    finetune
@@ -30,9 +30,9 @@ data_dir = 'data'  # the folder of data sets
 dataset = 'papers'  # the data set
 init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
 # how long
-max_iters = 3000  # steps
+max_iters = 1500  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
-eval_interval = 300  # steps from one evaluation to the next
+eval_interval = 150  # steps from one evaluation to the next
 # the batch of one step
 batch_size = 8  # blocks that go through the model at once
 gradient_accumulation_steps = 1  # as many times, one after the other
