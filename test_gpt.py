@@ -701,6 +701,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, monkeypatch, k
     assert 'finished' in again.out
 
 
+def test_a_finetuned_run_resumes_with_the_block_it_came_with(base, run):
+    how = [argument for argument in TINY if 'block_size' not in argument]
+    run('train.py', *how, '--init_from=out/ckpt.pt', '--out_dir=tuned')
+    resumed = run('train.py', '--init_from=resume', '--out_dir=tuned', '--max_iters=9')
+    assert resumed.i == 9 and resumed.block_size == resumed.model.config.block_size == 16
+
+
 def test_nothing_trained_is_overwritten(run, papers):
     run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     run('train.py', *TINY)
