@@ -246,8 +246,9 @@ def yardsticks(train, val, V, characters):
     for start in range(0, len(train), 2**20):  # so that little of it is in memory as int64
         part = torch.frombuffer(train[start:start + 2**20 + 1], dtype=torch.int16).long() & 0xffff
         n += part[:2**20].bincount(minlength=V)
-        at = torch.searchsorted(kinds, pairs(part)).clamp(max=len(kinds) - 1)
-        n_pairs += at[kinds[at] == pairs(part)].bincount(minlength=len(kinds))
+        part = pairs(part)
+        at = torch.searchsorted(kinds, part).clamp(max=len(kinds) - 1)
+        n_pairs += at[kinds[at] == part].bincount(minlength=len(kinds))
     unigram = (n[val] + 1) / (len(train) + V)
     n[train[-1]] -= 1  # nothing follows it
     bigram = (n_pairs[which] + 1) / (n[val[:-1]] + V)

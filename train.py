@@ -99,7 +99,8 @@ if init_from == 'resume':  # the settings of the run, and then the command line 
         lock = hold(out_dir)
     model, tokenizer, saved = load(os.path.join(out_dir, 'last.pt'))
     settings = saved['settings'] if type(saved.get('settings')) is dict else {}
-    known = {name: settings[name] for name in set(settings) & set(config) - {'out_dir', 'init_from'}}
+    names = set(settings) & set(config) - {'out_dir', 'init_from'}
+    known = {name: settings[name] for name in names}
     sys.argv[1:1] = [f'--{name}={value}' for name, value in known.items()]
     config = override(globals())
     for name in set(known) - {'data_dir', 'max_iters', 'max_minutes', 'eval_interval', 'device',
@@ -274,10 +275,10 @@ def evaluate(share):
     for some in at[rank::world].split(max(1, 2048 // block_size)) if rank < len(at) else ():
         x, y = blocks(val, some)
         total += torch.tensor([loss_of(x, y), y.numel()])
-    rest = val[at[-1] + block_size:].long() & 0xffff  # less than a block
-    if share == 1 and rank == 0 and len(rest) > 1:
-        rest = rest.to(device)[None]
-        total += torch.tensor([loss_of(rest[:, :-1], rest[:, 1:]), len(rest[0]) - 1])
+    tail = val[at[-1] + block_size:].long() & 0xffff  # less than a block
+    if share == 1 and rank == 0 and len(tail) > 1:
+        tail = tail.to(device)[None]
+        total += torch.tensor([loss_of(tail[:, :-1], tail[:, 1:]), len(tail[0]) - 1])
     if world > 1:
         dist.all_reduce(total)
     model.train()
@@ -412,7 +413,7 @@ def keep(*names):
         return True
     except OSError as error:
         say(f'not saved ({error.filename2 or error.filename or out_dir}: {error.strerror}); what '
-              'was saved before is whole', file=sys.stderr)
+            'was saved before is whole', file=sys.stderr)
 
 def report():
     """Evaluate, print a line and a few words, keep the best model and the newest state."""
