@@ -1,43 +1,96 @@
 """A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
-A letter has one meaning throughout; a comment like (B, T, C) is the shape of what stands before.
-    B batch, texts read side by side      V vocabulary size
-    T time, tokens of a text              H heads
-    C channels, the width of the model    D dimension of a head, d_k in [1]
+
+A letter has one meaning throughout, and a comment like (B, T, C) is the shape of what stands
+before it.
+
+    B   batch: texts that are read side by side     H   heads
+    T   time: tokens of a text                      D   dimension of a head
+    C   channels: the width of the model            M   width of the MLP
+    V   vocabulary: how many kinds of tokens        L   layers, which are called blocks
+
+What [1] writes, and where it stands here:
+
+    Q, K, V in equation (1)     q, k, v in `attention` and `SelfAttention`, (B, H, T, D)
+    W_Q, W_K, W_V of all heads  `SelfAttention.query`, `.key`, `.value`, (H D, C) each
+    W_O                         `SelfAttention.out`, (C, H D)
+    h, d_model, d_k             H or `n_head`, C or `n_embd`, D or `head_dim`
+    feed-forward network, d_ff  `MLP`, M or `mlp_dim`
+    N layers                    `n_layer` blocks
+
 [1] Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762
-[2] before torch is loaded: threads that have waited for a while leave their core to others
 """
-import argparse, codecs, functools, io, math, os, pathlib, pickletools, re, signal, sys
-import warnings, zipfile
+import argparse
+import codecs
+import json
+import math
+import os
+import re
+import signal
+import sys
+import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-os.environ.update({'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '10000', **os.environ})  # [2]
+from dataclasses import dataclass, fields
+
+# Before torch is loaded: a thread that has waited for a while leaves its core to others.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 warnings.filterwarnings('ignore', 'Failed to initialize NumPy')  # none is needed
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-# -- Tokens: a text becomes integers 0 ... V-1, and comes back from them --------------------------
-MAX_VOCAB, UNKNOWN = 2**16, '\ufffd'  # a token is stored in 16 bits; what was never learned
+
+# -------------------------------------------------------------------------------------------------
+# Tokens: a text becomes integers 0 ... V-1, and comes back from them
+
+MAX_VOCAB = 2**16  # a token is stored in 16 bits
+UNKNOWN = '\ufffd'  # stands for what was never learned
+
+# The pieces of LaTeX. None is longer than 64 characters, and joined they are the text.
+PIECE = re.compile(r'''
+    \\ [A-Za-z@]{1,63}              # a control word, \alpha
+  | \\ [^\nA-Za-z]?                 # a control symbol, \{
+  | [ ]? [^\W\d_]{1,63}             # letters, with the blank before them
+  | \d                              # one digit
+  | [ ]? (?: [^\w\s\\]{1,63} | _ )  # punctuation, with the blank before it
+  | \n{1,8} [ \t]{0,56}             # line ends, with the indentation after them
+  | \s                              # other white space
+''', re.VERBOSE)
+
+
+def pieces(text):
+    """Yield the pieces of a text in order.
+
+    >>> list(pieces(r'Let $\\alpha_1>0$.'))
+    ['Let', ' $', '\\\\alpha', '_', '1', '>', '0', '$.']
+    """
+    return (match.group() for match in PIECE.finditer(text))
+
 
 class CharTokenizer:
-    r"""One token a character; `learn` keeps the most frequent ones.
+    r"""One token a character, the most frequent ones. Text that was learned comes back exactly.
 
     >>> t = CharTokenizer.learn('abracadabra')
     >>> t.encode('cab'), t.decode([2, 0, 1]), t.decode(t.encode('cat'))
     ([2, 0, 1], 'cab', 'ca\ufffd')
     """
-    kind, cut = 'char', staticmethod(iter)
+    kind = 'char'
+    split = staticmethod(iter)  # a text into the units that become tokens
+
     def __init__(self, learned):
-        assert type(learned) is list and len(learned) <= MAX_VOCAB, 'no list of tokens'
-        self.learned, self.ids = learned, {unit: i for i, unit in enumerate(learned)}
-        self.tokens, self.unknown = [unit[:64].encode() for unit in learned], self.ids[UNKNOWN]
+        assert len(learned) <= MAX_VOCAB, 'too many tokens'
+        self.learned = learned  # all that a checkpoint needs to know
+        self.tokens = [unit.encode() for unit in learned]  # the bytes of each token
+        self.ids = {unit: i for i, unit in enumerate(learned)}
+        self.unknown = self.ids[UNKNOWN]
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
-        units = {unit for unit, _ in Counter(cls.cut(text)).most_common(vocab_size - 1)}
+        counts = Counter(cls.split(text))
+        units = {unit for unit, _ in counts.most_common(vocab_size - 1)}
         return cls(sorted(units - {UNKNOWN}) + [UNKNOWN])
 
     def encode(self, text):
-        return [self.ids.get(unit, self.unknown) for unit in self.cut(text)]
+        return [self.ids.get(unit, self.unknown) for unit in self.split(text)]
 
     def decode(self, ids):
         return ''.join(self.stream(ids))
@@ -49,78 +102,100 @@ class CharTokenizer:
             yield decoder.decode(self.tokens[i])
         yield decoder.decode(b'', final=True)
 
-# LaTeX in pieces of at most 64 characters: a control word, a control symbol, letters, a digit,
-# punctuation, line ends with the indentation after them, other white space.
-PIECE = re.compile(r'\\[A-Za-z@]{1,63}|\\[^\nA-Za-z]?| ?[^\W\d_]{1,63}|\d'
-                   r'| ?(?:[^\w\s\\]{1,63}|_)|\n{1,8}[ \t]{0,56}|\s')
-
-def pieces(text):
-    """The pieces of a text in order; joined they are the text."""
-    for start in range(0, len(text), 2**16):  # so that few of them are in memory
-        yield from PIECE.findall(text, start, start + 2**16)
 
 class WordTokenizer(CharTokenizer):
-    """One token a piece of LaTeX."""
-    kind, cut = 'word', staticmethod(pieces)
+    """One token a piece of LaTeX, the most frequent ones."""
+    kind = 'word'
+    split = staticmethod(pieces)
+
 
 class BPETokenizer(CharTokenizer):
-    """Byte pairs (arXiv:1508.07909): start from the 256 bytes, and again and again make a token
-    of the most frequent pair of neighbours within a piece. Nothing is ever unknown.
+    """Byte pairs (arXiv:1508.07909): the first 256 tokens are the bytes, and each further one
+    joins the two tokens that most often stand side by side within a piece. Nothing is unknown.
 
     >>> t = BPETokenizer.learn('aaabdaaabac', 256 + 3)
     >>> t.tokens[256:], [t.decode([i]) for i in t.encode('aaabdaaabac')]
     ([b'aa', b'ab', b'aaab'], ['aaab', 'd', 'aaab', 'a', 'c'])
+
+    While it merges, a piece is a string in which chr(i) stands for token i: so str.replace
+    merges a pair wherever it stands.
     """
-    kind = 'bpe'  # it works on strings in which chr(i) is token i, at first a byte
-    word = staticmethod(lambda piece: piece.encode('utf-8', 'replace').decode('latin-1'))
+    kind = 'bpe'
+
     def __init__(self, learned):
-        assert type(learned) is list and len(learned) <= MAX_VOCAB - 256, 'no list of merges'
-        self.learned = learned
-        self.ids = {(chr(a), chr(b)): 256 + i for i, (a, b) in enumerate(learned)}
+        assert len(learned) <= MAX_VOCAB - 256, 'too many merges'
+        self.learned = learned  # pairs of tokens, in the order in which they were merged
+        self.ids = {chr(a) + chr(b): 256 + i for i, (a, b) in enumerate(learned)}
         self.tokens = [bytes([byte]) for byte in range(256)]
         for a, b in learned:
-            self.tokens.append((self.tokens[a] + self.tokens[b])[:256])  # none learned is longer
-        self.merge = functools.lru_cache(MAX_VOCAB)(self.merge)
+            self.tokens.append(self.tokens[a] + self.tokens[b])
+            assert len(self.tokens[-1]) <= 256, 'a token that is longer than any piece'
+        self.merged = {}  # the ids of each piece that was met
+
+    @staticmethod
+    def as_bytes(piece):
+        return piece.encode('utf-8', 'replace').decode('latin-1')  # chr(i) is byte i
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
-        counts = Counter(map(cls.word, pieces(text)))
-        words, times, merges = list(counts), list(counts.values()), []
-        total, where = Counter(), defaultdict(set)  # of each pair: how often, in which words
-        def count(w):
+        times = Counter(map(cls.as_bytes, pieces(text)))
+        words = dict(enumerate(times))
+        times = list(times.values())
+        merges = []
+        total = Counter()  # how often a pair stands in the text,
+        where = defaultdict(set)  # and in which words
+
+        def count(w, sign):
             for pair in zip(words[w], words[w][1:]):
-                total[pair] += times[w]
+                total[pair] += sign * times[w]
                 where[pair].add(w)
-        for w in range(len(words)):
-            count(w)
-        while (len(merges) < vocab_size - 256  # and of equal pairs take the one seen first
-               and total[(best := max(total, key=total.get, default=None))] > 1):
+
+        for w in words:
+            count(w, +1)
+        while len(merges) < vocab_size - 256 and total:
+            best = max(total, key=total.get)  # of equal ones the one that was seen first
+            if total[best] < 2:
+                break
             merges.append([ord(token) for token in best])
+            new = chr(255 + len(merges))
             for w in where.pop(best):
-                old = words[w]
-                words[w] = old.replace(''.join(best), chr(255 + len(merges)))
-                count(w)
-                for pair in zip(old, old[1:]):
-                    total[pair] -= times[w]
-                    if not total[pair]:
-                        del total[pair]
+                count(w, -1)
+                words[w] = words[w].replace(''.join(best), new)
+                count(w, +1)
+            del total[best]
         return cls(merges)
 
     def merge(self, piece):
         """The ids of one piece: pairs merge in the order in which they were learned."""
-        word = self.word(piece)
-        while known := [(self.ids[p], p) for p in zip(word, word[1:]) if p in self.ids]:
-            new, pair = min(known)
-            word = word.replace(''.join(pair), chr(new))
-        return list(map(ord, word))
+        word = self.as_bytes(piece)
+        while pairs := [a + b for a, b in zip(word, word[1:]) if a + b in self.ids]:
+            first = min(pairs, key=self.ids.get)
+            word = word.replace(first, chr(self.ids[first]))
+        return [ord(token) for token in word]
 
     def encode(self, text):
-        return [i for piece in pieces(text) for i in self.merge(piece)]
+        ids = []
+        for piece in pieces(text):
+            if piece not in self.merged:
+                self.merged[piece] = self.merge(piece)
+            ids += self.merged[piece]
+        return ids
+
 
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
-# -- The model ------------------------------------------------------------------------------------
-ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'relu2': lambda x: F.relu(x).square()}
+
+# -------------------------------------------------------------------------------------------------
+# The model: each token becomes a vector, blocks let the vectors exchange what they know, and the
+# head reads from each of them what comes next
+
 POSITIONS = ['rotary', 'learned', 'none']
+ACTIVATIONS = {
+    'relu': F.relu,
+    'gelu': F.gelu,
+    'relu2': lambda x: F.relu(x).square(),  # arXiv:2109.08668
+}
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int
@@ -140,261 +215,503 @@ class GPTConfig:
     smear: bool = True
 
     def __post_init__(self):
-        for name, kind in type(self).__annotations__.items():
-            value = getattr(self, name)
-            assert type(value) in (kind, kind is float and int), name
-            assert kind is str or 0 <= value <= {int: 2**18, float: 0.9999, bool: 1}[kind], name
-        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            assert isinstance(value, (field.type, int)), f'{field.name} cannot be {value!r}'
+        assert self.n_head > 0, 'n_head is at least 1'
+        assert self.head_dim or self.n_embd % self.n_head == 0, (
+            f'n_embd={self.n_embd} is no multiple of n_head={self.n_head}; or set head_dim')
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
-        assert min(self.vocab_size, self.n_embd, self.n_head) > 0 and self.n_layer <= 1000, 'sizes'
-        assert 0 < self.block_size * self.head_dim <= 2**26, 'block_size x head_dim out of range'
-        assert self.activation in ACTIVATIONS and self.position in POSITIONS[self.head_dim % 2:]
+        if self.n_layer == 0:  # the bigram model: nothing in it knows of other tokens
+            self.position, self.smear = 'none', False
+        sizes = self.vocab_size, self.block_size, self.n_embd, self.head_dim, self.mlp_dim
+        assert min(sizes) > 0 and self.n_layer >= 0, 'sizes are above 0'
+        assert self.block_size * self.head_dim <= 2**26, 'block_size x head_dim is at most 2^26'
+        assert 0 <= self.dropout < 1, 'dropout is below 1'
+        assert self.position in POSITIONS and self.activation in ACTIVATIONS, 'no such word'
+        assert self.position != 'rotary' or self.head_dim % 2 == 0, (
+            'rotary positions turn planes: head_dim is even, or take position=learned')
 
     @property
     def n_params(self):
         """The exact number of parameters."""
         V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
-        b, norm = self.bias, 2 * C * self.norm_weights
-        block = 2 * norm + 4 * C * HD + 2 * C * M + (2 * C + M) * b + V * HD * self.value_embeddings
-        once = C * self.smear + self.block_size * C * (self.position == 'learned')
-        ends = V * C * (2 - self.tied) + V * b + norm
-        return ends + self.n_layer * block + once * (self.n_layer > 0)
+        norm = 2 * C * self.norm_weights
+        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings
+        mlp = 2 * C * M + (M + C) * self.bias
+        block = norm + attention + norm + mlp
+        token = V * C + C * self.smear + self.block_size * C * (self.position == 'learned')
+        head = norm + V * C * (not self.tied) + V * self.bias
+        return token + self.n_layer * block + head
 
-def attention(q, k, v):
-    """Equation (1) of [1], softmax(Q K^T / sqrt(d_k)) V, causal: a query takes a mean of the values
-    of its past, weighted by how well keys fit. To be read: the model runs torch's fused version."""
+
+def attention_weights(q, k, attn_mask=None, is_causal=False):
+    """softmax(Q K^T / sqrt(d_k)) of equation (1) in [1]: (B, H, T, D) twice to (B, H, T, T).
+
+    Row t says how much token t looks at each token. The mask is what keeps it from looking ahead:
+    where a mask of booleans is False the weight is 0; a mask of numbers is added to the scores.
+    Why the root: if entries of q and k are independent of variance 1, q k^T has variance d_k, and
+    the softmax of such large numbers is nearly 0 or 1 and hardly learns.
+    """
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
-    weights = (scores + torch.full_like(scores, -math.inf).triu(1)).softmax(dim=-1)  # 0 ahead
-    return weights @ v  # (B, H, T, D)
+    if is_causal:
+        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.where(attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1)
+
+
+def attention(q, k, v, **mask):
+    """Equation (1) in [1]: each token takes a mean of the values, (B, H, T, D) to the same."""
+    return attention_weights(q, k, **mask) @ v
+
+
+# What the model runs: the same function by torch, which never makes the (T, T) matrix whole.
+fused_attention = F.scaled_dot_product_attention
+
 
 def rotation(T, D, base=10_000):
     """cos and sin, (T, D/2) each, of the angles t / base^(2i/D) (RoFormer, arXiv:2104.09864)."""
-    angle = torch.outer(torch.arange(T), base ** (-torch.arange(0, D, 2) / D))
+    speed = base ** (-torch.arange(0, D, 2) / D)  # (D/2,)
+    angle = torch.outer(torch.arange(T), speed)  # (T, D/2)
     return angle.cos(), angle.sin()
 
+
 def rotate(x, cos, sin):
-    """Turn x (..., T, D) in the planes (i, i + D/2); then <q at s, k at t> knows s - t alone."""
+    """Turn x (..., T, D) by its position's angles, in the planes of channels i and i + D/2.
+
+    The inner product of a query at s and a key at t then depends on s - t alone.
+    """
     a, b = x.chunk(2, dim=-1)  # (..., T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
+
+class Cache:
+    """What generation keeps of the tokens so far, so that a new one costs one token's work."""
+
+    def __init__(self):
+        self.length = 0  # tokens so far
+        self.last = None  # the vector of the last one, (B, 1, C), for smear
+        self.keys, self.values = {}, {}  # of each layer, (B, H, length, D)
+
+    def append(self, layer, k, v):
+        """Add a layer's new keys and values, (B, H, T, D) each; return all so far."""
+        if self.length:
+            k = torch.cat((self.keys[layer], k), dim=2)
+            v = torch.cat((self.values[layer], v), dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
 class SelfAttention(nn.Module):
-    """H heads side by side; the sum of their outputs is one product with all of W_O."""
-    def __init__(self, config):
+    """H heads side by side. The sum of what they say is one product with all of W_O."""
+
+    def __init__(self, config, layer):
         super().__init__()
-        self.config, C, HD = config, config.n_embd, config.n_head * config.head_dim
-        self.qkv = nn.Linear(C, 3 * HD, bias=False)  # W_Q, W_K, W_V of all heads
-        self.out = nn.Linear(HD, C, bias=config.bias)  # W_O
-        if config.value_embeddings:  # what a token says wherever it stands (arXiv:2410.17897)
-            self.value = nn.Embedding(config.vocab_size, HD)
+        C, HD = config.n_embd, config.n_head * config.head_dim
+        self.config, self.layer = config, layer
+        self.query = nn.Linear(C, HD, bias=False)
+        self.key = nn.Linear(C, HD, bias=False)
+        self.value = nn.Linear(C, HD, bias=False)
+        self.out = nn.Linear(HD, C, bias=config.bias)
+        if config.value_embeddings:
+            # What a token says wherever it stands, in each layer: modded-nanogpt's (Koszarsky
+            # 2024), after arXiv:2410.17897, which adds the first layer's values to later ones.
+            self.value_table = nn.Embedding(config.vocab_size, HD)
 
     def forward(self, x, idx, turn, cache):
         c, (B, T, _) = self.config, x.shape
-        q, k, v = qkv = self.qkv(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H D) each
         if c.value_embeddings:
-            v = v + self.value(idx).view(B, T, c.n_head, c.head_dim).transpose(1, 2)
+            v = v + self.value_table(idx)
+        q = q.view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
+        v = v.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
         if c.position == 'rotary':
-            q, k = rotate(qkv[:2], *turn)  # (2, B, H, T, D)
-        if self in cache:  # room for all keys and values, of which those of t tokens are there
-            t, room = cache['length'] - T, cache[self]  # (2, B, H, block_size, D)
-            room[:, :, :, t:t + T] = torch.stack((k, v))
-            k, v = room[:, :, :, :t + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if cache:
+            k, v = cache.append(self.layer, k, v)
+        # A single new token needs no mask: all that is there is its past.
+        y = fused_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H D)
+        return self.out(y)  # (B, T, C)
 
-class Block(nn.Module):
-    """Tokens exchange what they know, then each thinks it over by itself, in an MLP: up to mlp_dim,
-    an activation (relu2: arXiv:2109.08668), down again. Both add to the stream x."""
+
+class MLP(nn.Module):
+    """Each token by itself: up to M channels, an activation, and down again."""
+
     def __init__(self, config):
         super().__init__()
-        self.config, C, M = config, config.n_embd, config.mlp_dim
-        self.norm1 = nn.LayerNorm(C, elementwise_affine=config.norm_weights)
-        self.attention = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(C, elementwise_affine=config.norm_weights)
-        self.up, self.down = nn.Linear(C, M, config.bias), nn.Linear(M, C, config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
+        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))  # (B, T, C) to (B, T, M) and back
+
+
+class Block(nn.Module):
+    """Tokens exchange what they know, then each thinks it over. Both add to the stream x."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config = config
+        self.norm1 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
+        self.attention = SelfAttention(config, layer)
+        self.norm2 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
+        self.mlp = MLP(config)
 
     def forward(self, x, idx, turn, cache):
-        p, activation = self.config.dropout, ACTIVATIONS[self.config.activation]
+        p = self.config.dropout
         x = x + F.dropout(self.attention(self.norm1(x), idx, turn, cache), p, self.training)
-        y = self.down(activation(self.up(self.norm2(x))))  # (B, T, mlp_dim) and back
-        return x + F.dropout(y, p, self.training)  # (B, T, C)
+        x = x + F.dropout(self.mlp(self.norm2(x)), p, self.training)
+        return x  # (B, T, C)
+
 
 class GPT(nn.Module):
-    """Token ids (B, T) to logits (B, T, V). n_layer=0 is the bigram model, two tables' product."""
+    """Token ids (B, T) to logits (B, T, V): at each place, what comes next.
+
+    With no layer it is the bigram model, in which a token sees nothing but itself.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.token = nn.Embedding(c.vocab_size, c.n_embd)
-        if c.n_layer and c.position == 'learned':
+        if c.position == 'learned':
             self.place = nn.Embedding(c.block_size, c.n_embd)
-        if c.n_layer and c.smear:
+        if c.smear:
             self.smear = nn.Parameter(torch.zeros(c.n_embd))
-        self.register_buffer('turn', torch.stack(rotation(c.block_size, c.head_dim)), False)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        turn = torch.stack(rotation(c.block_size, c.head_dim))  # (2, T, D/2)
+        self.register_buffer('turn', turn, persistent=False)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
         for name, p in self.named_parameters():
-            if 'norm' not in name:  # its weights begin at 1, vectors at 0
-                nn.init.normal_(p, std=0.02 * (p.dim() > 1))
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)  # GPT-2's, found by trying
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
         if c.tied:
             self.head.weight = self.token.weight
 
-    def hidden(self, idx, cache):
-        """What the head reads, (B, T, C). With rooms in the cache, as in generate, calls go on."""
-        c, T, x, t = self.config, idx.size(1), self.token(idx), cache.get('length', 0)
-        if c.n_layer == 0:
-            return x
-        cache['length'], last = t + T, x[:, -1:]  # (B, 1, C)
-        if c.smear:  # of each channel, a share of the token before
-            x = x + self.smear * torch.cat((cache.get('last', 0 * last), x[:, :-1]), dim=1)
-            cache['last'] = last
-        if c.position == 'learned':
-            x = x + self.place.weight[t:t + T]
-        x = F.dropout(x, c.dropout, self.training)
-        for block in self.blocks:
-            x = block(x, idx, self.turn[:, t:t + T], cache)
-        return self.norm(x)
+    def forward(self, idx, cache=None):
+        c, T = self.config, idx.size(1)
+        start = cache.length if cache else 0
+        assert start == 0 or T == 1, 'a cache that holds tokens takes one more at a time'
+        assert start + T <= c.block_size, f'more than block_size={c.block_size} tokens'
 
-    def forward(self, idx):
-        return self.head(self.hidden(idx, {}))
-# -- Generation -----------------------------------------------------------------------------------
+        x = token = self.token(idx)  # (B, T, C)
+        if c.smear:
+            # To each token a share, learned for each channel, of the one before it: so the first
+            # block knows pairs. After the smeared keys of arXiv:2209.11895.
+            before = cache.last if start else torch.zeros_like(token[:, :1])  # (B, 1, C)
+            x = x + self.smear * torch.cat((before, token[:, :-1]), dim=1)
+        if c.position == 'learned':
+            x = x + self.place.weight[start:start + T]
+        x = F.dropout(x, c.dropout, self.training)
+        turn = self.turn[:, start:start + T]  # (2, T, D/2)
+        for block in self.blocks:
+            x = block(x, idx, turn, cache)
+        if cache:
+            cache.length += T
+            cache.last = token[:, -1:]
+        return self.head(self.norm(x))  # (B, T, V)
+
+
+# -------------------------------------------------------------------------------------------------
+# Generation: draw a token from what the model expects, append it, and again
+
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw from softmax(logits / temperature), (B, V) to (B, 1); temperature 0 takes the largest.
-    top_k keeps the k likeliest (0: all), top_p the fewest that suffice (arXiv:1904.09751)."""
+    """Draw from softmax(logits / temperature): (B, V) to (B, 1).
+
+    Temperature 0 takes the largest. top_k keeps the k likeliest tokens (0: all), top_p the fewest
+    that together have this probability (arXiv:1904.09751). What is as likely as the last one that
+    is kept is kept too: with top_k=1 and two equal logits, both.
+    """
     if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
-    p = (logits.float() / temperature).nan_to_num().softmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)  # (B, V)
     if top_k or top_p < 1:
         best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
-        enough = (best.cumsum(dim=-1) - best < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-        p = p.where(p >= best.gather(1, enough - 1), 0)
+        before = best.cumsum(dim=-1) - best  # the probability of all that are likelier
+        kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1)
+        p = p.where(p >= best.gather(1, kept - 1), 0)
     return torch.multinomial(p, 1, generator=generator)
+
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, **how):
-    """Yield the tokens (B,) that follow idx (B, T >= 1); `how` is next_token's. A full window
-    begins again with its last half: on average a token costs the same however long the text."""
-    c, window = model.config, model.config.block_size
-    rooms = model.token.weight.new_empty(c.n_layer, 2, len(idx), c.n_head, window, c.head_dim)
-    empty = dict(zip((block.attention for block in model.blocks), rooms))
-    cache, seen, new = dict(empty), idx[:, -window:], idx[:, -window:]
+    """Yield the tokens (B,) that follow idx (B, T), T > 0; `how` is next_token's.
+
+    A full window begins again with its last half. That is exact, since positions begin again too,
+    and on average a token costs the same however long the text.
+    """
+    window = model.config.block_size
+    seen = new = idx[:, -window:]  # (B, T)
+    cache = Cache()
     for _ in range(max_new_tokens):
-        if cache.get('length', 0) + new.size(1) > window:
-            new, cache = seen[:, -max(1, window // 2):], dict(empty)
-        new = next_token(model.head(model.hidden(new, cache)[:, -1]), **how)  # (B, 1)
+        if cache.length + new.size(1) > window:
+            new, cache = seen[:, -max(1, window // 2):], Cache()
+        logits = model(new, cache)[:, -1]  # (B, V)
+        new = next_token(logits, **how)  # (B, 1)
         seen = torch.cat((seen, new), dim=1)[:, -window:]
         yield new[:, 0]
-# -- The optimizer --------------------------------------------------------------------------------
+
+
+# -------------------------------------------------------------------------------------------------
+# The optimizer
+
 def orthogonalize(G, steps=3):
-    """Newton-Schulz, from U S V^T towards U V^T, for each matrix of a stack (N, n, m).
-    X <- a X + b X X^T X + c (X X^T)^2 X takes singular values s to a s + b s^3 + c s^5. With these
-    a, b, c (found by trying: Jordan et al. 2024, kellerjordan.github.io/posts/muon) five steps take
-    all but the smallest to 0.7 ... 1.2, and three do as well for learning."""
+    """Newton-Schulz: from G = U S V^T towards U V^T, for each matrix of a stack (..., n, m).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X takes each singular value s to a s + b s^3 + c s^5.
+    With these a, b, c, found by trying [2], five steps bring all but the smallest to 0.7 ... 1.2;
+    three do as well for learning.
+    [2] Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.mT if G.size(-2) > G.size(-1) else G  # so that X X^T is the smaller product
+    tall = G.size(-2) > G.size(-1)
+    X = G.mT if tall else G  # so that X X^T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.mT if G.size(-2) > G.size(-1) else X
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
 
-class Muon(torch.optim.Optimizer):
-    """For matrices W (n, m) with gradient G: Muon(matrices, dict(lr=0.02, momentum=0.95)).
-    M <- mu M + (1 - mu) G,   W <- W - lr sqrt(max(1, n/m)) orthogonalize(mu M + (1 - mu) G)"""
+
+@dataclass
+class Optimizer:
+    """Muon's rule for the matrices of the blocks, Adam's for everything else.
+
+    With gradient g at step t = 1, 2, ... and a rate r, Adam (arXiv:1412.6980; its weight decay is
+    apart from the gradient, arXiv:1711.05101) is
+
+        mean   <- beta1 mean + (1 - beta1) g
+        square <- beta2 square + (1 - beta2) g^2
+        w <- w - r decay w - r (mean / (1 - beta1^t)) / (sqrt(square / (1 - beta2^t)) + eps)
+
+    and Muon [2], for a matrix w with n rows and m columns,
+
+        mean <- momentum mean + (1 - momentum) g
+        w <- w - r decay w - r sqrt(max(1, n/m)) orthogonalize(momentum mean + (1 - momentum) g)
+
+    A gradient has a few large singular values and many small ones; made orthogonal, it moves in
+    all its directions alike, and the rare ones learn too. It takes a vector of m entries of size 1
+    to n entries of size sqrt(m/n), which the root mends.
+
+    Tables and head go to Adam: each of their rows belongs to one token, and most tokens are rare,
+    so that each number needs a measure of its own.
+    """
+    model: nn.Module
+    learning_rate: float
+    table_rate: float
+    matrix_rate: float
+    beta1: float = 0.8
+    beta2: float = 0.99
+    momentum: float = 0.95
+    weight_decay: float = 0.0  # of Adam
+    matrix_decay: float = 0.0  # of Muon
+    muon: bool = True  # or everything goes to Adam, at one rate
+
+    def __post_init__(self):
+        self.state = {}  # tensors by name: what a checkpoint keeps
+        self.adam, self.stacks = {}, defaultdict(dict)  # of parameters by name
+        for name, w in self.model.named_parameters():
+            self.state[f'mean.{name}'] = torch.zeros_like(w)
+            table = name.endswith(('token.weight', 'place.weight', 'table.weight'))
+            if self.muon and name.startswith('blocks.') and w.dim() == 2 and not table:
+                self.stacks[w.shape][name] = w
+            else:
+                self.state[f'square.{name}'] = torch.zeros_like(w)
+                self.adam[name] = w, self.table_rate if self.muon and table else self.learning_rate
+
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, mu, stacks = group['lr'], group['momentum'], defaultdict(list)
-            for W in group['params']:
-                M = self.state[W].setdefault('M', torch.zeros_like(W)).lerp_(W.grad, 1 - mu)
-                stacks[W.shape].append((W, W.grad.lerp(M, mu)))
-            for (n, m), stack in stacks.items():  # matrices of one shape go through as one stack
-                for (W, _), X in zip(stack, orthogonalize(torch.stack([N for _, N in stack]))):
-                    W.add_(X, alpha=-lr * max(1, n / m) ** 0.5)
-# == What the scripts share and what isn't mathematics ============================================
+    def step(self, t, share=1.0):
+        """Step t = 1, 2, ... with this share of each rate."""
+        for name, (w, rate) in self.adam.items():
+            mean, square = self.state[f'mean.{name}'], self.state[f'square.{name}']
+            r = share * rate
+            mean.lerp_(w.grad, 1 - self.beta1)
+            square.lerp_(w.grad.square(), 1 - self.beta2)
+            size = (square / (1 - self.beta2**t)).sqrt() + 1e-8
+            w.mul_(1 - r * self.weight_decay)
+            w.addcdiv_(mean, size, value=-r / (1 - self.beta1**t))
+
+        for (n, m), stack in self.stacks.items():  # matrices of one shape go through as one
+            r, ahead = share * self.matrix_rate, []
+            for name, w in stack.items():
+                mean = self.state[f'mean.{name}'].lerp_(w.grad, 1 - self.momentum)
+                ahead.append(w.grad.lerp(mean, self.momentum))
+            for w, X in zip(stack.values(), orthogonalize(torch.stack(ahead))):
+                w.mul_(1 - r * self.matrix_decay)
+                w.sub_(r * max(1, n / m) ** 0.5 * X)
+
+
+# =================================================================================================
+# What the scripts share and what isn't mathematics
+
 def fail(message):
     """End with one line that says what to do."""
-    print(' '.join(message.split()), file=sys.stderr)
+    print(' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
-def override(settings):
-    """Let the command line set the globals that a script has assigned so far; returns a dict."""
+
+def override(settings, **allowed):
+    """Let the command line set the globals that a script has assigned so far; returns a dict.
+
+    `settings` is the script's globals(). What a setting is allowed to be: a list of words, a pair
+    of the smallest and the largest number, or the largest alone. If nothing is said, a number is
+    from 0 to 2^31.
+    """
     def boolean(text):
         return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
+
     with open(settings['__file__'], encoding='utf-8') as file:
         comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.MULTILINE))
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
-    signal.signal(getattr(signal, 'SIGPIPE', signal.SIGINT), signal.SIG_DFL)  # as in `| head`
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # nor where there is no screen,
-    sys.stdout.reconfigure(errors='backslashreplace')  # nor for what it can't show
-    for name, value in list(settings.items()):
+    for name, value in settings.items():
         if name[0].islower() and type(value) in (bool, int, float, str):
-            parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                                type=boolean if type(value) is bool else type(value),
+            kind = {bool: boolean, str: os.path.expanduser}.get(type(value), type(value))
+            parser.add_argument(f'--{name}', default=value, metavar=repr(value), type=kind,
                                 help=comments.get(name, '').replace('%', '%%'))
-    if [] in (config := vars(parser.parse_args())).values():
-        parser.error('-- is no value')
+    config = vars(parser.parse_args())
+
+    for name, value in config.items():
+        bounds = allowed.get(name, 2**31)
+        if value == []:  # what argparse makes of --
+            right, wanted = False, 'a value; -- is no value'
+        elif isinstance(value, str):
+            right, wanted = name not in allowed or value in bounds, bounds
+        else:
+            low, high = bounds if isinstance(bounds, tuple) else (0, bounds)
+            right, wanted = low <= value <= high, f'{low} to {high}'
+        if not right:
+            fail(f'--{name}={value}: wanted {wanted}')
     settings.update(config)
     return config
 
-def limit(config, **limits):
-    """Each setting named within a pair of numbers, or in a list of words."""
-    for name, allowed in limits.items():
-        value, words = config[name], isinstance(allowed, list)
-        if value not in allowed if words else not allowed[0] <= value <= allowed[1]:
-            fail(f'--{name}={value}: wanted ' + (', ' if words else ' to ').join(map(str, allowed)))
+
+def quiet():
+    """Ctrl-C, a closed pipe and a screen that can't show a letter leave no traceback."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    if hasattr(signal, 'SIGPIPE'):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `| head`
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stdout.reconfigure(errors='backslashreplace')
+
 
 def pick_device(name):
     """auto takes cuda, else mps, else cpu."""
-    auto = ('cuda' if torch.cuda.is_available() else
-            'mps' if torch.backends.mps.is_available() else 'cpu')
-    try:
-        place = torch.zeros(1, device=auto if name == 'auto' else name)
-        return place.item() or place.device  # 0.0, where a tensor can hold it
-    except Exception:  # many kinds
-        fail(f'--device={name} is not available here; try --device=auto')
+    for device in ['cuda', 'mps', 'cpu'] if name == 'auto' else [name]:
+        try:
+            torch.zeros(1, device=device).item()
+            return torch.device(device)
+        except Exception:  # of many kinds
+            pass
+    fail(f'--device={name} is not available here; try --device=auto')
 
-def write(files):
-    """Replace files (a dict of path: bytes), each whole or not at all."""
-    try:
-        for path, data in files.items():
-            with open(f'{path}.tmp', 'wb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(f'{path}.tmp', path)
-    finally:
-        for path in files:  # after a failure: leave nothing half
-            pathlib.Path(f'{path}.tmp').unlink(missing_ok=True)
 
-def checkpoint(model, tokenizer, **more):
-    """The bytes of a checkpoint: tensors, numbers, strings, lists and dicts, nothing that runs."""
-    file = io.BytesIO()
-    torch.save(dict(version=2, config=vars(model.config), model=model.state_dict(),
-                    tokenizer=[tokenizer.kind, tokenizer.learned], **more), file)
-    return file.getvalue()
+def write(path, data):
+    """Replace a file by these bytes, whole or not at all."""
+    with open(f'{path}.tmp', 'wb') as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.tmp', path)
 
-MAY_CALL = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', 'torch FloatStorage'}
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'page.html')
+
+
+def write_page(path, **data):
+    """Write assets/page.html with what it shows in it; a browser needs nothing else."""
+    with open(PAGE, encoding='utf-8') as file:
+        text = file.read()
+    numbers = json.dumps(data).replace('<', '\\u003c')  # no text in it is a tag
+    write(path, text.replace('DATA', numbers, 1).encode())
+
+
+def layout(shapes):
+    """Where tensors of these shapes stand in a checkpoint: one after the other, float32."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        entries[name] = dict(dtype='F32', shape=list(shape), data_offsets=[begin, end])
+    return entries
+
+
+def save(path, model, tokenizer, state={}, **more):
+    """Write a checkpoint, a file in the safetensors format, which `load` reads:
+
+        8 bytes    the length of the header, a whole number, lowest byte first
+        header     JSON: the dtype, shape and data_offsets (begin and end in what follows) of each
+                   tensor; and under __metadata__ strings, here JSON again: config, tokenizer
+                   and whatever `more` there is
+        numbers    the tensors one after the other, float32, lowest byte first
+
+    `state` is the optimizer's. To read a checkpoint by hand:
+
+        with open('out/ckpt.safetensors', 'rb') as file:
+            size, = struct.unpack('<Q', file.read(8))
+            header = json.loads(file.read(size))
+            begin, end = header['token.weight']['data_offsets']
+            file.seek(8 + size + begin)
+            numbers = struct.unpack(f'<{(end - begin) // 4}f', file.read(end - begin))
+    """
+    tensors = dict(model.named_parameters())  # a tied table once
+    tensors.update({f'optimizer.{name}': tensor for name, tensor in state.items()})
+    more.update(config=vars(model.config), tokenizer=[tokenizer.kind, tokenizer.learned])
+    header = layout({name: tensor.shape for name, tensor in tensors.items()})
+    header['__metadata__'] = {name: json.dumps(value, allow_nan=False)
+                              for name, value in more.items()}
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
+    numbers = bytearray(4 * len(flat))
+    torch.frombuffer(numbers, dtype=torch.float32).copy_(flat)
+    write(path, len(header).to_bytes(8, 'little') + header + numbers)
+
+
+def read_header(file):
+    """What an open checkpoint says of its tensors, and what else was saved; two dicts."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
+    return header, {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
+
+
 def load(path):
-    """Read a checkpoint: model, tokenizer, and all that was saved. Nothing in it is run."""
+    """Read a checkpoint: model, tokenizer, and a dict of all else that was saved.
+
+    There is nothing in a checkpoint that could run. What is none ends in one line.
+    """
     try:
-        assert os.path.isfile(path), 'no such file'
-        data = pathlib.Path(path).read_bytes()
-        parts, size = zipfile.ZipFile(io.BytesIO(data)), len(data)
-        assert sum(part.file_size for part in parts.infolist()) <= size and not parts.testzip()
-        assert data[:2] == b'PK' and b'constants.pkl' not in data  # which torch 2.5 would run
-        assert {name for part in parts.namelist() if part.endswith('.pkl') for op, name, _ in
-                pickletools.genops(parts.read(part)) if op.name == 'GLOBAL'} <= MAY_CALL
-        saved = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-        (kind, learned), config = saved['tokenizer'], saved['version'] == 2 and saved['config']
-        assert 4 * (config := GPTConfig(**config)).n_params <= size, 'too few weights'
-        model, tokenizer = GPT(config), TOKENIZERS[kind](learned)
-        model.load_state_dict(saved['model'])
-        assert len(tokenizer.tokens) == config.vocab_size, 'tokens and weights do not fit'
-        assert all(w.isfinite().all() for w in model.parameters()), 'weights that are no numbers'
+        assert os.path.isfile(path), 'there is no such file'
+        with open(path, 'rb') as file:
+            header, saved = read_header(file)
+            data = bytearray(file.read())
+        shapes = {name: entry['shape'] for name, entry in header.items()}
+        assert header == layout(shapes), 'tensors that are not where they should be'
+        numbers = torch.frombuffer(data, dtype=torch.float32)
+        assert numbers.isfinite().all(), 'numbers that are not finite'
+        parts = numbers.split([math.prod(shape) for shape in shapes.values()])
+        tensors = {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
+
+        (kind, learned), config = saved['tokenizer'], GPTConfig(**saved['config'])
+        tokenizer = TOKENIZERS[kind](learned)
+        assert len(tokenizer.tokens) == config.vocab_size, 'other tokens than the model has'
+        assert config.n_params <= len(numbers), 'fewer numbers than the model has'
+        model = GPT(config)
+        state = [name for name in tensors if name.startswith('optimizer.')]
+        saved['state'] = {name[len('optimizer.'):]: tensors.pop(name) for name in state}
+        if config.tied:
+            tensors['head.weight'] = tensors['token.weight']
+        model.load_state_dict(tensors)  # no other names, no other shapes
         return model, tokenizer, saved
-    except Exception as error:  # whatever a file that is missing, damaged or hostile may cause
-        fail(f'{path}: no checkpoint that can be read ({str(error)[:150] or type(error).__name__})')
+    except Exception as error:  # whatever a file that is damaged or hostile may cause
+        why = str(error)[:150] or type(error).__name__
+        fail(f'{path}: no checkpoint that can be read ({why}); train.py writes one')

@@ -7,7 +7,7 @@ Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what t
 import codecs, contextlib, gzip, io, json, math, os, re, sys, tarfile, tempfile, zipfile, zlib
 from array import array
 
-from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override, write
+from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, load, override, quiet, write
 import torch
 from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
 
@@ -20,8 +20,9 @@ vocab_size = 2048  # the most tokens that are learned
 val_fraction = 0.1  # the share of the characters, the last ones, that is kept for validation
 tokenizer_from = ''  # a checkpoint whose tokenizer is taken instead, for finetuning it
 # -------------------------------------------------------------------------------------------------
-config = override(globals())
-limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fraction=(0.001, 0.9))
+config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=(257, MAX_VOCAB),
+                  val_fraction=(0.001, 0.9))
+quiet()
 
 MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
 ARCHIVE = r'\.(zip|tar|t?gz)$'
@@ -311,7 +312,8 @@ try:
     os.makedirs(folder, exist_ok=True)
     files = {'train.bin': ids['train'], 'val.bin': ids['val'],
              'meta.json': json.dumps(meta).encode()}
-    write({os.path.join(folder, name): data for name, data in files.items()})
+    for name, data in files.items():
+        write(os.path.join(folder, name), data)
 except OSError as error:
     fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 
