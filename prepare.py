@@ -4,11 +4,27 @@ Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what t
     python prepare.py                                    the papers of papers/
     python prepare.py --source=FOLDER --dataset=NAME     your own: .tex, .zip, .tar.gz, arXiv's .gz
 """
-import codecs, contextlib, gzip, io, json, math, os, re, sys, tarfile, tempfile, zipfile, zlib
+import bz2
+import codecs
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import re
+import signal
+import sys
+import tarfile
+import tempfile
+import zipfile
 from array import array
+from collections import Counter
+from statistics import fmean
 
-from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override, write
-import torch
+from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override
 from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
 
 # -------------------------------------------------------------------------------------------------
@@ -23,10 +39,19 @@ tokenizer_from = ''  # a checkpoint whose tokenizer is taken instead, for finetu
 config = override(globals())
 limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fraction=(0.001, 0.9))
 
-MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
-ARCHIVE = r'\.(zip|tar|t?gz)$'
+MEMBER = 2**26  # the most bytes that one file may have
+WHOLE = 2**30  # the most bytes that one archive may unpack to
+SMALL = 200_000  # characters; with fewer one had better finetune
+
 sources = []  # what became of each file
-scratch = tempfile.TemporaryDirectory()  # where the cleaner works
+others = Counter()  # how many files with other endings there were
+macros = {}  # the definition of each macro that the papers define
+scratch = tempfile.TemporaryDirectory()  # where the cleaner works; removed at the end
+
+for name in 'SIGTERM', 'SIGHUP':  # end as Ctrl-C does, so that scratch is removed
+    number = getattr(signal, name, signal.SIGINT)
+    if signal.getsignal(number) != signal.SIG_IGN:  # it is ignored under nohup
+        signal.signal(number, lambda *_: sys.exit(130))
 
 
 def show(name):
@@ -34,180 +59,279 @@ def show(name):
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def note(path, status, before=0, after=0, why=''):
-    sources.append(dict(path=show(path), status=status, characters_before=before,
-                        characters_after=after, why=why))
+def progress(message):
     if sys.stdout.isatty():
-        print(f'{len(sources)} files', end='\r', flush=True)
+        print(message, end='\r', flush=True)
+
+
+def note(path, status, before=0, after=0, why=''):
+    row = dict(path=show(path), status=status, characters_before=before, characters_after=after,
+               why=why)
+    sources.append(row)
+    progress(f'{len(sources)} files')
+    return row
 
 
 # ------------------------------------------------------------------------------------- finding it
+
+PACKED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
+ARCHIVE = re.compile(r'\.(zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zst|z)$', re.I)
+NUMBER = re.compile(r'[\d.]+(v\d+)?')  # as arXiv names papers
+LATEX = re.compile(rb'\\(document|begin|end|input|def|(sub)*section|chapter)\b')
+
 
 def is_latex(name):
     return name.lower().endswith(('.tex', '.ltx', '.latex'))
 
 
+def expected(name):
+    """Whether one expects papers in a file of this name, and is told when there are none."""
+    base = os.path.basename(name)
+    return bool(is_latex(base) or ARCHIVE.search(base) or NUMBER.fullmatch(base))
+
+
+def count(name):
+    ending = os.path.splitext(name)[1].lower()
+    others[show(ending) or 'without an ending'] += 1
+
+
 def files(top):
-    """The paths of all files in a folder and its folders, sorted. Links are not followed."""
-    found, folders = [], [top]
-    while folders:
-        folder = folders.pop()
-        try:
-            for entry in os.scandir(folder):
-                if entry.is_symlink():
-                    if is_latex(entry.name):
-                        note(entry.path, 'skipped', why='a link: name what it leads to as --source')
-                elif entry.is_dir():
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    found.append(entry.path)
-        except OSError as error:
-            note(folder, 'skipped', why=error.strerror)
-    return sorted(found)
+    """Yield the paths of all files in a folder and its folders. Links are not followed."""
+    def unread(error):
+        note(error.filename, 'skipped', why=error.strerror)
+
+    for folder, folders, names in os.walk(top, onerror=unread):
+        for name in sorted(folders + names):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and (name in folders or expected(name)):
+                note(path, 'skipped', why='a link: name what it leads to as --source')
+            elif os.path.isfile(path) and not os.path.islink(path):
+                yield path
+            elif name == '.git' or name in names:
+                count(name)
+        folders[:] = sorted(set(folders) - {'.git'})
 
 
 class Capped:
-    """A file that fails rather than give more than WHOLE bytes."""
+    """A file for tarfile, which believes what a header says of sizes: nothing is found beyond
+    WHOLE, and nothing is read by more than a megabyte at once."""
 
     def __init__(self, file):
-        self.file, self.left = file, WHOLE
+        self.file = file
+        self.tell = file.tell
+
+    def seek(self, place):
+        if place > WHOLE:
+            raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
+        self.file.seek(place)
 
     def read(self, size):
-        data = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
-        return data
+        if size > 2**20:
+            raise ValueError('damaged')
+        return self.file.read(size)
+
+
+def take(file):
+    """All that is in an open file, where that is not too much."""
+    global left  # bytes that this source may still unpack to
+    data = bytearray()
+    while part := file.read(2**16):
+        data += part
+        left -= len(part)
+        if len(data) > MEMBER or left < 0:
+            raise ValueError(f'larger than {min(MEMBER, WHOLE) >> 20} MB')
+    return bytes(data)
+
+
+def members(path, file):
+    """Yield (path, open file) of all that is packed in an open file, or else of itself. What it
+    is, its first bytes say and not its name. Nothing is written."""
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith(b'PK'):
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                name = f'{path}/{member.filename}'
+                if member.flag_bits & 1:
+                    note(name, 'skipped', why='encrypted')
+                elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    note(name, 'skipped', why='packed in another way than zip files mostly are')
+                elif not member.is_dir():
+                    with archive.open(member) as inside:
+                        yield name, inside
+        return
+    for magic, unpacked in PACKED.items():
+        if head.startswith(magic):
+            file = unpacked(file)
+            path = re.sub(r'\.(gz|bz2|xz)$', '', path)
+    try:
+        archive = tarfile.open(fileobj=Capped(file), mode='r:')
+    except tarfile.ReadError:
+        file.seek(0)
+        yield path, file
+        return
+    for member in archive:
+        if member.isfile():
+            yield f'{path}/{member.name}', archive.extractfile(member)
+        elif not member.isdir():
+            count(member.name)
 
 
 def unpack(path, file, depth=0):
-    """Yield (path, bytes) of the LaTeX in an open file: of itself or, by its first bytes and not
-    by its name, of what a zip, a tar or a gzip holds. Nothing is written."""
-    head = file.read(512)
-    file.seek(0)
+    """Yield (path, bytes) of the LaTeX in an open file, however it is packed."""
+    noted = len(sources)
     try:
-        if depth > 3:
+        if depth:
+            file = io.BytesIO(take(file))
+        if depth > 5:
             raise ValueError('archives within archives within archives')
-        if head[:2] == b'\x1f\x8b':
-            members = ungzip(path, gzip.GzipFile(fileobj=file))
-        elif head[:4] == b'PK\x03\x04':
-            members = unzip(path, file)
-        elif is_tar(head):
-            members = untar(path, file)
-        elif is_latex(path) or depth and re.search(rb'\\(document|begin|input|def)', head):
-            data = file.read(MEMBER + 1)
-            if len(data) > MEMBER:
-                raise ValueError(f'larger than {MEMBER >> 20} MB')
-            yield path, data
-            return
-        elif re.search(ARCHIVE, path, re.I):
-            raise ValueError('not an archive')
-        else:
-            return
-        for name, data in sorted(members):
-            if len(data) > MEMBER:
-                note(name, 'skipped', why=f'larger than {MEMBER >> 20} MB')
+        for name, inside in members(path, file):
+            if inside is file:
+                data = take(file)
+                if is_latex(name) or LATEX.search(data):
+                    yield name, data
+            elif expected(name) or '.' not in os.path.basename(name):
+                yield from unpack(name, inside, depth + 1)
             else:
-                yield from unpack(name, io.BytesIO(data), depth + 1)
+                count(name)
     except Exception as error:  # whatever a damaged file may cause
         note(path, 'skipped', why=str(error) or type(error).__name__)
-
-
-def is_tar(head):
-    """Whether the first 512 bytes are the header of a tar: its check sum says so."""
-    with contextlib.suppress(tarfile.HeaderError):
-        return bool(tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape'))
-
-
-def ungzip(path, file):
-    if is_tar(file.read(512)):
-        file.seek(0)
-        return untar(path, file)
-    file.seek(0)
-    return [(re.sub(r'\.gz$', '', path), file.read(MEMBER + 1))]
-
-
-def untar(path, file):
-    with tarfile.open(fileobj=Capped(file), mode='r|') as archive:
-        return [(f'{path}/{member.name}', archive.extractfile(member).read(MEMBER + 1))
-                for member in archive if member.isfile() and wanted(member.name)]
-
-
-def unzip(path, file):
-    members, left = [], WHOLE
-    with zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
-            if member.flag_bits & 1:
-                note(f'{path}/{member.filename}', 'skipped', why='encrypted')
-            elif wanted(member.filename) and not member.is_dir():
-                with archive.open(member) as inside:
-                    members.append((f'{path}/{member.filename}', inside.read(MEMBER + 1)))
-                left -= len(members[-1][1])
-                if left < 0:
-                    raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
-    return members
-
-
-def wanted(name):
-    """LaTeX, an archive, or what arXiv hands out: a name without an ending, or a number."""
-    base = name.split('/')[-1]
-    return is_latex(base) or bool(re.search(ARCHIVE, base, re.I)
-                                  or re.fullmatch(r'[^.]*|[\d.]+(v\d+)?', base))
+    if len(sources) == noted:  # nothing was found, and nothing said why
+        if expected(path) or path == source:
+            note(path, 'skipped', why='no LaTeX in it')
+        else:
+            count(path)
 
 
 def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
+    global left
     for path in files(source) if os.path.isdir(source) else [source]:
-        if wanted(os.path.basename(path)) or path == source:
+        if path == source or expected(path) or '.' not in os.path.basename(path):
             left = WHOLE
             try:
                 with open(path, 'rb') as file:
-                    for name, data in unpack(path, file):
-                        left -= len(data)
-                        if left < 0:
-                            raise OSError(0, f'unpacks to more than {WHOLE >> 20} MB')
-                        yield name, data
+                    yield from unpack(path, file)
             except OSError as error:
                 note(path, 'skipped', why=error.strerror)
+        else:
+            count(path)
 
 
 # ------------------------------------------------------------------------------------- reading it
 
+JUNK = re.compile(rb'''(?xi) \s* (?:
+      (?P<HTML> <(?:!doctype|!--|\?xml|html|head|body) )
+    | (?P<RTF> \{\\rtf )
+    | (?P<PostScript> \x04? %!(?:ps|\s*\n) )
+    | (?P<PDF> %pdf- )
+    | (?P<git_lfs> version\ https?:// ))''')
+
+MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+INPUTENC = re.compile(rb'''(?xm) ^ [^%\r\n]* (?: \[ ([^]]*) \] \s* \{ [^}]* inputenc \b
+                                               | \\inputencoding \{ ([^}]*) \} )''')
+CODECS = {  # what LaTeX calls otherwise than Python; Windows' code page is latin1 and more
+    'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'macce': 'mac-latin2',
+    'maccyr': 'mac-cyrillic', 'koi8-ru': 'koi8-u', 'iso88595': 'iso8859-5', 'cp866av': 'cp866'}
+
+
+def declared(data):
+    """The codec that a file's own inputenc names, where Python has it."""
+    found = INPUTENC.findall(data)
+    for options in found[:1]:
+        name = b''.join(options).decode('latin-1').split(',')[-1].strip().lower()
+        name = CODECS.get(name, name)
+        if re.match('(latin|cp|mac|koi|iso8859)', name):
+            with contextlib.suppress(LookupError):
+                return codecs.lookup(name).name
+    return 'cp1252'
+
+
 def decode(data):
-    """Bytes to text: by its mark, as UTF-8, as its inputenc says, as latin-1."""
-    for mark, codec in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
-                        (codecs.BOM_UTF16_BE, 'utf-16')):
+    """Bytes to text, and the codec if it isn't UTF-8: by its mark or, line by line, as UTF-8, as
+    its inputenc says, as cp1252."""
+    for mark, codec in MARKS.items():
         if data.startswith(mark):
-            return data.decode(codec, 'replace')
-    declared = re.search(rb'\[((?:latin|ansi|apple|mac|cp|koi|iso)[\w-]*)\]\s*\{inputenc\}', data)
-    declared = declared.group(1).decode() if declared else 'latin-1'
-    codec = {'ansinew': 'cp1252', 'applemac': 'mac-roman'}.get(declared, declared)
-    for codec, errors in (('utf-8', 'strict'), (codec, 'replace'), ('latin-1', 'replace')):
-        with contextlib.suppress(UnicodeError, LookupError):
-            return data.decode(codec, errors)
+            return data.decode(codec, 'replace'), codec
+    with contextlib.suppress(UnicodeError):
+        return data.decode('utf-8'), ''
+    codec = declared(data)
+    lines = []
+    for line in data.splitlines(keepends=True):
+        for name, errors in ('utf-8', 'strict'), (codec, 'strict'), ('cp1252', 'replace'):
+            with contextlib.suppress(UnicodeError):
+                lines.append(line.decode(name, errors))
+                break
+    return ''.join(lines), codec
+
+
+# ------------------------------------------------------------------------------------ cleaning it
+
+# From left to right: what begins with one of these is read to its end, as TeX would.
+VERBATIM = re.compile(r'''(?xs)
+    \\[\\%]                                           # a pair: no comment begins here
+  | % [^\n]*                                          # a comment
+  | \\begin\{comment\} .*? \\end\{comment\}           # another
+  | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
+    (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}           # a listing; one that is never closed is none
+  | \\(?:verb|Verb|lstinline|mint|mintinline)\*?      # a listing within a line
+    (?:\[[^]\n]*\])? (?: (?<=mint|line) \{\w+\} (?=\S) )?
+    (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
+  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^]\n]*\])?      # an address
+    \{ (?:[^{}\n]|\{[^{}\n]*\})* \}
+  | \\url ([^\w\s*{]) [^\n]*? \3
+''')
+HIDE = str.maketrans('\\%', '\ufdd0\ufdd1')  # these two stand for no character
+SHOW = str.maketrans('\ufdd0\ufdd1', '\\%')
+
+# A file's documents: cut where one ends, or the next begins, or TeX is told to read no further.
+CUT = re.compile(r'''(?xm) (?<=\\end\{document\})
+    | ^(?= \\document(?:class|style)\b | \\endinput\b (?!.*\s*\\(?:fi|else)\b) )''')
+BEGIN = re.compile(r'\\document(class|style)\b|\\begin\{document\}')
+
+BRACES = r'\{(?:[^{}\\]|\\.)*\}'
+for _ in range(4):  # how deep braces may stand within braces
+    BRACES = rf'\{{(?:[^{{}}\\]|\\.|{BRACES})*\}}'
+MACRO = re.compile(r'(?s)\\(?:newcommand|DeclareMathOperator)\*?\s*(?:\{(\\[A-Za-z]+)\}|'
+                   rf'(\\[A-Za-z]+))\s*(?:\[\d\])?(?:\[[^]]*\])?\s*({BRACES})')
+
+
+def uncomment(text):
+    """Hide what is verbatim, and take out comments: as TeX does, with the end of their line and
+    the indentation of the next; but a paragraph's end stays, and so does a control word's."""
+    def hide(match):
+        if match[0].startswith(('%', r'\begin{comment}')):
+            return '%'
+        return match[0].translate(HIDE)
+
+    text = VERBATIM.sub(hide, text)
+    text = re.sub(r'(?m)^[ \t]*%\n', '', text)
+    text = re.sub(r'(\\[A-Za-z@]+)%\n[ \t]*(?=[A-Za-z])', r'\1 ', text)
+    return re.sub(r'%(\n[ \t]*(?=\S))?', '', text)
+
+
+def collapse(text):
+    return re.sub(r'\n\s*\n', '\n\n', text)
 
 
 def clean(text):
-    """Take out comments and what never prints: (text, why the cleaner couldn't, if it couldn't).
-
-    The cleaner drops what follows \\end{document}, so a file of several papers goes through it
-    paper by paper.
-    """
-    text = re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text)  # the cleaner takes its time for each line
-    ends = [match.end() for match in re.finditer(r'\\end\{document\}.*\n?', text)]
+    """(What prints, why the cleaner couldn't take it if it couldn't)."""
+    text = collapse(uncomment(text))
+    for match in MACRO.finditer(text):
+        name = match[1] or match[2]
+        if not re.search(re.escape(name) + r'(?![A-Za-z])', match[3]):
+            macros.setdefault(name, match[0].translate(SHOW))
+    parts = CUT.split(text)
     out, why = [], ''
-    for start, end in zip([0, *ends], [*ends, len(text)]):
-        if text[start:end].strip():
-            try:
-                out.append(run_cleaner(text[start:end]))
-            except Exception as error:
-                out.append(re.sub(r'(?<!\\)((?:\\\\)*)%.*', r'\1%', text[start:end]))
-                why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
-    text = ''.join(out)
-    # A % that is left at the end of a line takes the line end and the next indentation with it,
-    # as in TeX; before a blank line, the paragraph's end stays.
-    text = re.sub(r'(?<!\\)((?:\\\\)*)%[ \t]*\n(?:[ \t]*(\n)|[ \t]*)', r'\1\2\2', text)
-    return re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text), why
+    for part in [part for part in parts if BEGIN.search(part)] or parts[:1]:
+        part = part[max(0, part.find(r'\begin{document}')):]
+        try:
+            part = run_cleaner(part)
+        except Exception as error:
+            why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
+        out.append(part.strip('\n'))
+    return collapse('\n'.join(out)).translate(SHOW).strip('\n'), why
 
 
 def run_cleaner(text):
@@ -234,105 +358,179 @@ def without_repeats(text, seen):
     return '\n\n'.join(kept)
 
 
-def yardsticks(train, val, V, characters):
-    """Bits per character of the validation part under three models that were counted on the
-    training part, one being added to each count: p(b) = (n_b + 1) / (N + V), p(b | a) =
-    (n_ab + 1) / (n_a + V), and 1 / V."""
-    def pairs(ids):
-        return ids[:-1] * V + ids[1:]
-    val = torch.frombuffer(val, dtype=torch.int16).long() & 0xffff
-    kinds, which = pairs(val).unique(return_inverse=True)
-    n, n_pairs = torch.zeros(V).double(), torch.zeros(len(kinds)).double()
-    for start in range(0, len(train), 2**20):  # so that little of it is in memory as int64
-        part = torch.frombuffer(train[start:start + 2**20 + 1], dtype=torch.int16).long() & 0xffff
-        n += part[:2**20].bincount(minlength=V)
-        part = pairs(part)
-        at = torch.searchsorted(kinds, part).clamp(max=len(kinds) - 1)
-        n_pairs += at[kinds[at] == part].bincount(minlength=len(kinds))
-    unigram = (n[val] + 1) / (len(train) + V)
-    n[train[-1]] -= 1  # nothing follows it
-    bigram = (n_pairs[which] + 1) / (n[val[:-1]] + V)
-    bits = len(val) / characters  # tokens a character
-    return {'uniform': bits * math.log2(V), 'unigram': -bits * unigram.log2().mean().item(),
-            'bigram': -bits * bigram.log2().mean().item()}
+def runs(paragraph):
+    """Hashes of the runs of twelve words, white space aside."""
+    words = paragraph.split()
+    return [hash(tuple(words[i:i + 12])) for i in range(len(words) - 11)]
+
+
+def only_new(val, train):
+    """Drop each paragraph of val most of whose runs of twelve words stand in train."""
+    paragraphs = val.split('\n\n')
+    known = {run for paragraph in paragraphs for run in runs(paragraph)}
+    known = known.intersection(run for paragraph in train.split('\n\n') for run in runs(paragraph))
+    return '\n\n'.join(
+        paragraph for paragraph in paragraphs
+        if sum(run in known for run in runs(paragraph)) <= len(runs(paragraph)) / 2)
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+def yardsticks(train, val, V):
+    """Bits a token of the validation part (token ids) under three models that were counted on the
+    training part, one being added to each count."""
+    n, pairs = Counter(train), Counter(zip(train, train[1:]))
+    followed = n - Counter(train[-1:])
+
+    def bits(probabilities):
+        return -fmean(map(math.log2, probabilities))
+
+    return {'uniform': math.log2(V),
+            'unigram': bits((n[b] + 1) / (len(train) + V) for b in val),
+            'bigram': bits((pairs[a, b] + 1) / (followed[a] + V) for a, b in zip(val, val[1:]))}
+
+
+def xz(train, val):
+    """Bits that xz needs for the validation text after the last 4 MB of the training text."""
+    before = train[-2**22:].encode()[-2**22:]
+    return 8 * (len(lzma.compress(before + val.encode())) - len(lzma.compress(before)))
+
+
+# ---------------------------------------------------------------------------------- the data set
+
+PARTS = 'train.bin', 'val.bin', 'meta.json'
+folder = os.path.join(data_dir, dataset)
+place = os.path.realpath(folder)
+
+
+def remove(path):
+    """Remove a data set. A folder that holds anything else stays, and says so."""
+    for name in PARTS:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(path, name))
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+def put_right():
+    """Undo what a swap left that was cut short, and see that there is nothing but a data set."""
+    if os.path.isdir(f'{place}.old') and not os.path.exists(place):
+        os.rename(f'{place}.old', place)
+    for path in place, f'{place}.old', f'{place}.tmp':
+        if os.path.exists(path) and not set(os.listdir(path)) <= set(PARTS):
+            fail(f'{show(path)} holds more than a data set; --dataset=NAME takes another name')
+    remove(f'{place}.old')
+    remove(f'{place}.tmp')
+
+
+def swap_in(contents):
+    """Write a new folder beside the old one, and let them change places."""
+    os.makedirs(f'{place}.tmp')
+    for name, data in zip(PARTS, contents):
+        with open(os.path.join(f'{place}.tmp', name), 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    if os.path.exists(place):
+        os.rename(place, f'{place}.old')
+    os.rename(f'{place}.tmp', place)
+    remove(f'{place}.old')
 
 
 # -------------------------------------------------------------------------------------- the script
 
 if not os.path.isfile(source) and not os.path.isdir(source):
     fail(f'--source={show(source)}: there is no such file or folder')
-texts, seen = [], set()
+try:
+    put_right()
+except OSError as error:
+    fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+
+papers, written_in, left = [], Counter(), 0
 for path, data in documents():
-    if b'\0' in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    text, codec = decode(data)
+    text = re.sub('\r\r?\n|\r', '\n', text.rstrip('\0')).replace('\ufeff', '')
+    if junk := JUNK.match(data):
+        note(path, 'skipped', why=f'{junk.lastgroup}, not LaTeX')
+    elif text.count('\0') > len(text) / 1000:
         note(path, 'skipped', why='not a text')
-        continue
-    text = re.sub('\r\n?', '\n', decode(data))
-    cleaned, why = clean(text)
-    cleaned = without_repeats(cleaned, seen)
-    if cleaned.strip():
-        texts.append(cleaned)
-        note(path, 'stripped' if why else 'cleaned', len(text), len(cleaned), why)
     else:
-        note(path, 'skipped', len(text), why='nothing is left of it')
-text, n_files = '\n'.join(texts), len(texts)
-if not text:
+        cleaned, why = clean(text.replace('\0', ''))
+        status = 'skipped' if not cleaned.strip() else 'stripped' if why else 'cleaned'
+        row = note(path, status, len(text), len(cleaned), why or 'nothing is left of it')
+        if cleaned.strip():
+            papers.append((hashlib.sha256(cleaned.encode()).digest(), cleaned))
+            written_in[codec] += 1
+if not papers:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
     fail(f'--source={show(source)}: no LaTeX found{why}')
+
+seen = set()
+text = '\n'.join(without_repeats(paper, seen) for _, paper in sorted(papers))
 cut = int(len(text) * (1 - val_fraction))  # as the original did
-del texts, seen, data, cleaned  # each as large as the corpus
+train, val = text[:cut], only_new(text[cut:], text[:cut])
+left_out = len(text) - cut - len(val)
+text = train + val
 
 print(f'learning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
     size = MAX_VOCAB if tokenizer == 'char' else vocab_size
-    tokens = TOKENIZERS[tokenizer].learn(text[:cut], size)
+    tokens = TOKENIZERS[tokenizer].learn(train, size)
 V = len(tokens.tokens)
-meta = dict(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V)
-ids = {}
-for name, begin, end in ('train', 0, cut), ('val', cut, len(text)):
-    ids[name], size = array('H'), 0
-    for start in range(begin, end, 2**16):  # which is where `pieces` cuts as well
-        part = text[start:min(start + 2**16, end)]
-        ids[name].extend(tokens.encode(part))
-        size += len(part.encode('utf-8', 'replace'))
-        if sys.stdout.isatty():
-            print(f'encoding {start / len(text):4.0%}', end='\r', flush=True)
-    meta[name] = dict(characters=end - begin, bytes=size, tokens=len(ids[name]),
-                      crc32=zlib.crc32(ids[name]))
-    if len(ids[name]) < 3:
-        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
-             'more papers are needed, or another --val_fraction')
-meta['yardsticks'] = yardsticks(ids['train'], ids['val'], V, len(text) - cut)
-meta['sources'] = sources
 
-folder = os.path.join(data_dir, dataset)
+meta, ids = {}, {}
+for name, part in ('train', train), ('val', val):
+    ids[name] = array('H')
+    for i, paragraph in enumerate(re.split(r'(?=\n\n)', part)):  # no token is cut here
+        ids[name].extend(tokens.encode(paragraph))
+        if i % 1000 == 0:
+            progress(f'encoding {name}: {len(ids[name]):,} tokens')
+    meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
+    if len(ids[name]) < 3:
+        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all, and '
+             f'{left_out} were left out; more papers are needed, or another --val_fraction')
+
+bits = yardsticks(ids['train'], ids['val'], V)
+meta['yardsticks'] = {name: bits[name] * len(ids['val']) / len(val) for name in bits}
+meta['yardsticks']['xz'] = xz(train, val) / len(val)
+meta.update(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V,
+            left_out=left_out, macros=macros, sources=sources)
 try:
-    os.makedirs(folder, exist_ok=True)
-    files = {'train.bin': ids['train'], 'val.bin': ids['val'],
-             'meta.json': json.dumps(meta).encode()}
-    write({os.path.join(folder, name): data for name, data in files.items()})
+    swap_in([ids['train'], ids['val'], json.dumps(meta).encode()])
 except OSError as error:
-    fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+    remove(f'{place}.tmp')
+    fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 
 count = {status: [row for row in sources if row['status'] == status]
          for status in ('cleaned', 'stripped', 'skipped')}
-for status in ('stripped', 'skipped'):
+for status in 'stripped', 'skipped':
     for row in count[status][:10]:
         print(f'  {status}: {row["path"]} ({row["why"]})')
     if len(count[status]) > 10:
-        print(f'  {status}: {len(count[status]) - 10} more, all in {folder}/meta.json')
+        print(f'  {status}: {len(count[status]) - 10} more, all in {show(folder)}/meta.json')
+if others:
+    print('not LaTeX:   ' + ', '.join(f'{n} {ending}' for ending, n in others.most_common()))
 before = sum(row['characters_before'] for row in sources)
-every = sum(part['tokens'] for part in (meta['train'], meta['val']))
+every = sum(len(part) for part in ids.values())
 unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
-print(f"""read         {n_files} files, {len(count['skipped'])} skipped
+print(f"""read         {len(papers)} files, {len(count['skipped'])} skipped
 characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
 begins       {text[:60]!r}
 tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token
-split        {meta['train']['tokens']:,} to train, {meta['val']['tokens']:,} to validate""")
+split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
+left out     {left_out:,} characters at the end that stand in the training part nearly so""")
+for codec in filter(None, written_in):
+    print(f'written in   {codec}, at least in part: {written_in[codec]} files')
 if unknown:
     print(f'unknown      {unknown:,} tokens stand for what the tokenizer does not know')
 print('to be beaten ' + ', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())
       + ' bits per character')
-print(f'written      {folder}; next: python train.py'
-      + (f' --dataset={dataset}' if dataset != 'papers' else ''))
+again = f'python train.py --dataset={show(dataset)}'
+if len(text) < SMALL and not tokenizer_from:
+    print(f"""small        too little to learn a language from, but enough to finetune a model with:
+             python prepare.py --source={show(source)} --dataset={show(dataset)} \
+--tokenizer_from=out/ckpt.safetensors
+             {again} --init_from=out/ckpt.safetensors --out_dir=finetuned""")
+print(f'written      {show(folder)}; next: {again}')
