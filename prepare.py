@@ -5,26 +5,28 @@ Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what t
     python prepare.py --source=FOLDER --dataset=NAME     your own: .tex, .zip, .tar.gz, arXiv's .gz
 """
 import bz2
-import codecs
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import lzma
-import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import tempfile
 import zipfile
 from array import array
-from collections import Counter
-from statistics import fmean
+from collections import Counter, defaultdict
+from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
+from math import log2
+from pathlib import Path
+from types import SimpleNamespace
 
-from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override
+from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, limit, load, override, write
 from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
 
 # -------------------------------------------------------------------------------------------------
@@ -41,22 +43,21 @@ limit(config, tokenizer=list(TOKENIZERS), vocab_size=(257, MAX_VOCAB), val_fract
 
 MEMBER = 2**26  # the most bytes that one file may have
 WHOLE = 2**30  # the most bytes that one archive may unpack to
-SMALL = 200_000  # characters; with fewer one had better finetune
+SMALL = 200_000  # with fewer characters than this one had better finetune
 
-sources = []  # what became of each file
-others = Counter()  # how many files with other endings there were
-macros = {}  # the definition of each macro that the papers define
-scratch = tempfile.TemporaryDirectory()  # where the cleaner works; removed at the end
+sources = []  # what became of each file that might be LaTeX
+others = Counter()  # the endings of all other files
+macros = {}  # the definitions that the papers make
+scratch = tempfile.TemporaryDirectory()  # where the cleaner works; it goes when the script ends
 
-for name in 'SIGTERM', 'SIGHUP':  # end as Ctrl-C does, so that scratch is removed
-    number = getattr(signal, name, signal.SIGINT)
-    if signal.getsignal(number) != signal.SIG_IGN:  # it is ignored under nohup
-        signal.signal(number, lambda *_: sys.exit(130))
+for number in signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):
+    if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+        signal.signal(number, lambda *_: sys.exit(130))  # an end at which scratch goes, too
 
 
 def show(name):
     """A file's name on one line, whatever is in it."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    return repr(name)[1:-1]
 
 
 def progress(message):
@@ -64,246 +65,195 @@ def progress(message):
         print(message, end='\r', flush=True)
 
 
-def note(path, status, before=0, after=0, why=''):
-    row = dict(path=show(path), status=status, characters_before=before, characters_after=after,
-               why=why)
-    sources.append(row)
+def note(path, why='', before=0, after=0):
+    """What became of a file, and why it isn't what it might have been."""
+    status = 'skipped' if after == 0 else 'stripped' if why else 'cleaned'
+    sources.append(dict(path=show(path), status=status, characters_before=before,
+                        characters_after=after, why=why))
     progress(f'{len(sources)} files')
-    return row
 
 
 # ------------------------------------------------------------------------------------- finding it
 
-PACKED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
-ARCHIVE = re.compile(r'\.(zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zst|z)$', re.I)
-NUMBER = re.compile(r'[\d.]+(v\d+)?')  # as arXiv names papers
-LATEX = re.compile(rb'\\(document|begin|end|input|def|(sub)*section|chapter)\b')
-
-
-def is_latex(name):
-    return name.lower().endswith(('.tex', '.ltx', '.latex'))
-
-
-def expected(name):
-    """Whether one expects papers in a file of this name, and is told when there are none."""
-    base = os.path.basename(name)
-    return bool(is_latex(base) or ARCHIVE.search(base) or NUMBER.fullmatch(base))
-
-
-def count(name):
-    ending = os.path.splitext(name)[1].lower()
-    others[show(ending) or 'without an ending'] += 1
+# LaTeX, an archive, or what arXiv hands out: a number for a name, or a name without an ending.
+WANTED = re.compile(r'(?is).*\.(tex|ltx|latex|zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zst|z)'
+                    r'|[\d.]+(v\d+)?|[^.]*')
+TEX = '.tex', '.ltx', '.latex'
+LATEX = re.compile(rb'\\(document(class|style)|begin *\{|input\b|def *\\|(sub)*section|chapter)')
+PACKED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
 
 
 def files(top):
     """Yield the paths of all files in a folder and its folders. Links are not followed."""
     def unread(error):
-        note(error.filename, 'skipped', why=error.strerror)
+        note(error.filename, error.strerror)
 
     for folder, folders, names in os.walk(top, onerror=unread):
-        for name in sorted(folders + names):
-            path = os.path.join(folder, name)
-            if os.path.islink(path) and (name in folders or expected(name)):
-                note(path, 'skipped', why='a link: name what it leads to as --source')
-            elif os.path.isfile(path) and not os.path.islink(path):
-                yield path
-            elif name == '.git' or name in names:
-                count(name)
         folders[:] = sorted(set(folders) - {'.git'})
-
-
-class Capped:
-    """A file for tarfile, which believes what a header says of sizes: nothing is found beyond
-    WHOLE, and nothing is read by more than a megabyte at once."""
-
-    def __init__(self, file):
-        self.file = file
-        self.tell = file.tell
-
-    def seek(self, place):
-        if place > WHOLE:
-            raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
-        self.file.seek(place)
-
-    def read(self, size):
-        if size > 2**20:
-            raise ValueError('damaged')
-        return self.file.read(size)
+        for name in folders + sorted(names):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                note(path, 'a link: name what it leads to as --source')
+            elif os.path.isfile(path):
+                yield path
 
 
 def take(file):
     """All that is in an open file, where that is not too much."""
-    global left  # bytes that this source may still unpack to
+    global left  # how many more bytes the source may unpack to
     data = bytearray()
     while part := file.read(2**16):
         data += part
         left -= len(part)
-        if len(data) > MEMBER or left < 0:
-            raise ValueError(f'larger than {min(MEMBER, WHOLE) >> 20} MB')
+        assert len(data) <= MEMBER and left >= 0, f'larger than {MEMBER >> 20} MB'
     return bytes(data)
 
 
+def at_most(limit, function):
+    """A function of a number of bytes, for numbers that can be meant."""
+    def limited(n):
+        assert n <= limit, 'what it says of its size is too much'
+        return function(n)
+    return limited
+
+
 def members(path, file):
-    """Yield (path, open file) of all that is packed in an open file, or else of itself. What it
-    is, its first bytes say and not its name. Nothing is written."""
-    head = file.read(6)
+    """Yield (path, how to open it) of each file that is packed in an open file. Its first bytes
+    say whether there are any, not its name. Nothing is written."""
+    head = file.read(3)
     file.seek(0)
-    if head.startswith(b'PK'):
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist():
-                name = f'{path}/{member.filename}'
-                if member.flag_bits & 1:
-                    note(name, 'skipped', why='encrypted')
-                elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    note(name, 'skipped', why='packed in another way than zip files mostly are')
-                elif not member.is_dir():
-                    with archive.open(member) as inside:
-                        yield name, inside
+    if head in (b'PK\3', b'PK\5'):
+        archive = zipfile.ZipFile(file)
+        for member in archive.infolist():
+            name = f'{path}/{member.filename}'
+            if member.compress_type > zipfile.ZIP_DEFLATED:
+                note(name, 'neither stored nor deflated')
+            elif not member.is_dir():
+                yield name, partial(archive.open, member)
         return
-    for magic, unpacked in PACKED.items():
-        if head.startswith(magic):
-            file = unpacked(file)
-            path = re.sub(r'\.(gz|bz2|xz)$', '', path)
+    if head in PACKED:
+        file = PACKED[head](file)
+        path += '/' + re.sub(r'\.(gz|bz2|xz)$', '', os.path.basename(path))
     try:
-        archive = tarfile.open(fileobj=Capped(file), mode='r:')
+        capped = SimpleNamespace(tell=file.tell, seek=at_most(WHOLE, file.seek),
+                                 read=at_most(2**20, file.read))
+        archive = tarfile.open(fileobj=capped, mode='r:')
     except tarfile.ReadError:
         file.seek(0)
-        yield path, file
+        yield path, lambda: file
         return
     for member in archive:
         if member.isfile():
-            yield f'{path}/{member.name}', archive.extractfile(member)
-        elif not member.isdir():
-            count(member.name)
+            yield f'{path}/{member.name}', partial(archive.extractfile, member)
 
 
-def unpack(path, file, depth=0):
-    """Yield (path, bytes) of the LaTeX in an open file, however it is packed."""
+def unpack(path, opened, depth=0):
+    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What gives none is noted
+    or, where nobody would expect any, counted."""
+    base = os.path.basename(path)
+    if not WANTED.fullmatch(base) and path != source:
+        others[os.path.splitext(base)[1].lower()] += 1
+        return
     noted = len(sources)
     try:
-        if depth:
-            file = io.BytesIO(take(file))
-        if depth > 5:
-            raise ValueError('archives within archives within archives')
-        for name, inside in members(path, file):
-            if inside is file:
-                data = take(file)
-                if is_latex(name) or LATEX.search(data):
-                    yield name, data
-            elif expected(name) or '.' not in os.path.basename(name):
-                yield from unpack(name, inside, depth + 1)
-            else:
-                count(name)
+        assert depth < 6, 'archives within archives within archives'
+        with opened() as file:
+            if depth:
+                file = io.BytesIO(take(file))
+            for name, inside in members(path, file):
+                if name != path:
+                    yield from unpack(name, inside, depth + 1)
+                elif LATEX.search(data := take(file)) or base.lower().endswith(TEX):
+                    yield path, data
     except Exception as error:  # whatever a damaged file may cause
-        note(path, 'skipped', why=str(error) or type(error).__name__)
-    if len(sources) == noted:  # nothing was found, and nothing said why
-        if expected(path) or path == source:
-            note(path, 'skipped', why='no LaTeX in it')
-        else:
-            count(path)
+        note(path, str(error) or type(error).__name__)
+    if len(sources) == noted:
+        note(path, 'no LaTeX in it')
 
 
 def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
     global left
     for path in files(source) if os.path.isdir(source) else [source]:
-        if path == source or expected(path) or '.' not in os.path.basename(path):
-            left = WHOLE
-            try:
-                with open(path, 'rb') as file:
-                    yield from unpack(path, file)
-            except OSError as error:
-                note(path, 'skipped', why=error.strerror)
-        else:
-            count(path)
+        left = WHOLE
+        yield from unpack(path, partial(open, path, 'rb'))
 
 
 # ------------------------------------------------------------------------------------- reading it
 
-JUNK = re.compile(rb'''(?xi) \s* (?:
-      (?P<HTML> <(?:!doctype|!--|\?xml|html|head|body) )
-    | (?P<RTF> \{\\rtf )
-    | (?P<PostScript> \x04? %!(?:ps|\s*\n) )
-    | (?P<PDF> %pdf- )
-    | (?P<git_lfs> version\ https?:// ))''')
+JUNK = re.compile(r"""(?xi) \s* (?: (?P<HTML> <(?:!doctype|!--|\?xml|html|head|body) )
+                                  | (?P<RTF> \{\\rtf )
+                                  | (?P<PostScript> \x04? %!(?:ps|\s*\n) )
+                                  | (?P<PDF> %pdf- )
+                                  | (?P<git_lfs> version\ https?:// )
+                                  | (?P<binary> (?:[^\0]{0,500}\0){2} ))""")
 
-MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
-         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-INPUTENC = re.compile(rb'''(?xm) ^ [^%\r\n]* (?: \[ ([^]]*) \] \s* \{ [^}]* inputenc \b
-                                               | \\inputencoding \{ ([^}]*) \} )''')
-CODECS = {  # what LaTeX calls otherwise than Python; Windows' code page is latin1 and more
-    'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'macce': 'mac-latin2',
-    'maccyr': 'mac-cyrillic', 'koi8-ru': 'koi8-u', 'iso88595': 'iso8859-5', 'cp866av': 'cp866'}
-
-
-def declared(data):
-    """The codec that a file's own inputenc names, where Python has it."""
-    found = INPUTENC.findall(data)
-    for options in found[:1]:
-        name = b''.join(options).decode('latin-1').split(',')[-1].strip().lower()
-        name = CODECS.get(name, name)
-        if re.match('(latin|cp|mac|koi|iso8859)', name):
-            with contextlib.suppress(LookupError):
-                return codecs.lookup(name).name
-    return 'cp1252'
+# An inputenc that isn't commented out, and what Python calls it where the names differ.
+INPUTENC = re.compile(rb"""(?xmi) ^ [^%\r\n]* (?: \[ (?:[^]]*,)? \s* | \\inputencoding\{ )
+                           ( (?:latin|ansi|apple|mac|cp|koi|iso) [\w-]* )
+                           \s* (?: \] \s* \{ [^}]* inputenc \b | \} )""")
+CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'koi8-ru': 'koi8-u'}
 
 
 def decode(data):
-    """Bytes to text, and the codec if it isn't UTF-8: by its mark or, line by line, as UTF-8, as
-    its inputenc says, as cp1252."""
-    for mark, codec in MARKS.items():
-        if data.startswith(mark):
-            return data.decode(codec, 'replace'), codec
-    with contextlib.suppress(UnicodeError):
-        return data.decode('utf-8'), ''
-    codec = declared(data)
-    lines = []
-    for line in data.splitlines(keepends=True):
-        for name, errors in ('utf-8', 'strict'), (codec, 'strict'), ('cp1252', 'replace'):
-            with contextlib.suppress(UnicodeError):
-                lines.append(line.decode(name, errors))
-                break
-    return ''.join(lines), codec
+    """Bytes to text, and the encoding if it isn't UTF-8: by its mark or, line by line, as UTF-8,
+    as its inputenc says, as cp1252."""
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        return data.decode('utf-16', 'replace'), 'utf-16'
+    with suppress(UnicodeError):
+        return data.decode(), ''
+    found = INPUTENC.search(data)
+    declared = found[1].decode().lower() if found else 'cp1252'
+    declared = CODECS.get(declared, declared)
+
+    def line(data):
+        for codec in 'utf-8', declared:
+            with suppress(UnicodeError, LookupError):
+                return data.decode(codec)
+        return data.decode('cp1252', 'replace')
+
+    return ''.join(map(line, data.splitlines(keepends=True))), declared
 
 
 # ------------------------------------------------------------------------------------ cleaning it
 
-# From left to right: what begins with one of these is read to its end, as TeX would.
-VERBATIM = re.compile(r'''(?xs)
-    \\[\\%]                                           # a pair: no comment begins here
-  | % [^\n]*                                          # a comment
-  | \\begin\{comment\} .*? \\end\{comment\}           # another
+# Read from left to right, each of these is taken as a whole, as TeX does.
+VERBATIM = re.compile(r"""(?xs)
+    \\[\\%]                                             # a pair: no comment begins here
+  | % [^\n]*                                            # a comment
+  | \\begin\{comment\} .*? \\end\{comment\}             # another
   | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
-    (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}           # a listing; one that is never closed is none
-  | \\(?:verb|Verb|lstinline|mint|mintinline)\*?      # a listing within a line
+    (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}             # a listing, if it is ever closed
+  | \\(?:verb|Verb|lstinline|mint|mintinline)\*?        # a listing within a line
     (?:\[[^]\n]*\])? (?: (?<=mint|line) \{\w+\} (?=\S) )?
     (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
-  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^]\n]*\])?      # an address
-    \{ (?:[^{}\n]|\{[^{}\n]*\})* \}
+  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^]\n]*\])?
+    \{ (?:[^{}\n]|\{[^{}\n]*\})* \}                     # an address
   | \\url ([^\w\s*{]) [^\n]*? \3
-''')
-HIDE = str.maketrans('\\%', '\ufdd0\ufdd1')  # these two stand for no character
+""")
+HIDE = str.maketrans('\\%', '\ufdd0\ufdd1')  # these two are in no text
 SHOW = str.maketrans('\ufdd0\ufdd1', '\\%')
 
-# A file's documents: cut where one ends, or the next begins, or TeX is told to read no further.
-CUT = re.compile(r'''(?xm) (?<=\\end\{document\})
-    | ^(?= \\document(?:class|style)\b | \\endinput\b (?!.*\s*\\(?:fi|else)\b) )''')
-BEGIN = re.compile(r'\\document(class|style)\b|\\begin\{document\}')
+# A file is cut where a document ends or begins, and where TeX is told to read no further.
+CUT = re.compile(r"""(?xm) (?<=\\end\{document\})
+    | ^(?= \\document(?:class|style)\b | \\endinput\b (?!.*\s*\\(?:fi|else)\b) )""")
+BEGIN = re.compile(r'(?s)\\begin\{document\}'
+                   r'|\\document(?:class|style)\b(?!.*\\begin\{document\})')
 
-BRACES = r'\{(?:[^{}\\]|\\.)*\}'
-for _ in range(4):  # how deep braces may stand within braces
-    BRACES = rf'\{{(?:[^{{}}\\]|\\.|{BRACES})*\}}'
-MACRO = re.compile(r'(?s)\\(?:newcommand|DeclareMathOperator)\*?\s*(?:\{(\\[A-Za-z]+)\}|'
-                   rf'(\\[A-Za-z]+))\s*(?:\[\d\])?(?:\[[^]]*\])?\s*({BRACES})')
+# A macro's definition: braces within braces, and never its own name.
+BRACES = r'\{(?:[^{}\\]|(?!\1\b)\\.)*\}'
+for _ in range(4):
+    BRACES = BRACES.replace('[^', BRACES + '|[^', 1)
+MACRO = re.compile(r'(?s)\\(?:newcommand|DeclareMathOperator)\*?\s*\{?(\\[A-Za-z]+)\}?'
+                   rf'\s*(?:\[\d\])?(?:\[[^]]*\])?\s*{BRACES}')
 
 
 def uncomment(text):
     """Hide what is verbatim, and take out comments: as TeX does, with the end of their line and
     the indentation of the next; but a paragraph's end stays, and so does a control word's."""
     def hide(match):
-        if match[0].startswith(('%', r'\begin{comment}')):
-            return '%'
-        return match[0].translate(HIDE)
+        comment = match[0].startswith(('%', r'\begin{comment}'))
+        return '%' if comment else match[0].translate(HIDE)
 
     text = VERBATIM.sub(hide, text)
     text = re.sub(r'(?m)^[ \t]*%\n', '', text)
@@ -312,45 +262,38 @@ def uncomment(text):
 
 
 def collapse(text):
+    """Make one of several blank lines."""
     return re.sub(r'\n\s*\n', '\n\n', text)
 
 
 def clean(text):
-    """(What prints, why the cleaner couldn't take it if it couldn't)."""
+    """What TeX prints of a file, and why the cleaner couldn't tell if it couldn't."""
     text = collapse(uncomment(text))
-    for match in MACRO.finditer(text):
-        name = match[1] or match[2]
-        if not re.search(re.escape(name) + r'(?![A-Za-z])', match[3]):
-            macros.setdefault(name, match[0].translate(SHOW))
+    macros.update((match[1], match[0].translate(SHOW)) for match in MACRO.finditer(text))
     parts = CUT.split(text)
-    out, why = [], ''
-    for part in [part for part in parts if BEGIN.search(part)] or parts[:1]:
-        part = part[max(0, part.find(r'\begin{document}')):]
+    parts = [part[begin.start():] for part in parts if (begin := BEGIN.search(part))] or parts[:1]
+    why = ''
+    for i, part in enumerate(parts):
         try:
-            part = run_cleaner(part)
+            parts[i] = run_cleaner(part)
         except Exception as error:
             why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
-        out.append(part.strip('\n'))
-    return collapse('\n'.join(out)).translate(SHOW).strip('\n'), why
+    return collapse('\n\n'.join(parts)).translate(SHOW).strip(), why
 
 
 def run_cleaner(text):
-    """The cleaner's public function, on one file in a folder by itself."""
-    folder = os.path.join(scratch.name, 'in')
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'paper.tex'), 'w', encoding='utf-8') as file:
-        file.write(text)
-    with contextlib.redirect_stderr(io.StringIO()):
-        run_arxiv_cleaner(dict(
-            input_folder=folder, keep_bib=False, commands_to_delete=[], images_allowlist={},
-            im_size=500, pdf_im_resolution=500, resize_images=False, compress_pdf=False))
-    with open(os.path.join(scratch.name, 'in_arXiv', 'paper.tex'), encoding='utf-8') as file:
-        return file.read()
+    """The cleaner's public function, all its options off, on one file in a folder by itself."""
+    paper = Path(scratch.name, 'in', 'paper.tex')
+    paper.parent.mkdir(exist_ok=True)
+    paper.write_text(text, encoding='utf-8')
+    with redirect_stderr(io.StringIO()):
+        run_arxiv_cleaner(defaultdict(list, input_folder=str(paper.parent)))
+    return Path(scratch.name, 'in_arXiv', 'paper.tex').read_text(encoding='utf-8')
 
 
-def without_repeats(text, seen):
+def without_repeats(text):
     """Drop each paragraph of 100 characters or more that has been seen before."""
-    kept = []
+    seen, kept = set(), []
     for paragraph in text.split('\n\n'):
         if len(paragraph) < 100 or paragraph not in seen:
             kept.append(paragraph)
@@ -358,118 +301,110 @@ def without_repeats(text, seen):
     return '\n\n'.join(kept)
 
 
-def runs(paragraph):
-    """Hashes of the runs of twelve words, white space aside."""
-    words = paragraph.split()
-    return [hash(tuple(words[i:i + 12])) for i in range(len(words) - 11)]
+def runs(text):
+    """A hash of each run of twelve words in a paragraph, white space aside."""
+    for paragraph in text.split('\n\n'):
+        words = paragraph.split()
+        for i in range(len(words) - 11):
+            yield hash(tuple(words[i:i + 12]))
 
 
 def only_new(val, train):
     """Drop each paragraph of val most of whose runs of twelve words stand in train."""
-    paragraphs = val.split('\n\n')
-    known = {run for paragraph in paragraphs for run in runs(paragraph)}
-    known = known.intersection(run for paragraph in train.split('\n\n') for run in runs(paragraph))
-    return '\n\n'.join(
-        paragraph for paragraph in paragraphs
-        if sum(run in known for run in runs(paragraph)) <= len(runs(paragraph)) / 2)
+    known = set(runs(val)).intersection(runs(train))
+
+    def new(paragraph):
+        found = [run in known for run in runs(paragraph)]
+        return sum(found) <= len(found) / 2
+
+    return '\n\n'.join(filter(new, val.split('\n\n')))
 
 
 # -------------------------------------------------------------------------------------- measuring
 
 def yardsticks(train, val, V):
-    """Bits a token of the validation part (token ids) under three models that were counted on the
-    training part, one being added to each count."""
-    n, pairs = Counter(train), Counter(zip(train, train[1:]))
-    followed = n - Counter(train[-1:])
-
-    def bits(probabilities):
-        return -fmean(map(math.log2, probabilities))
-
-    return {'uniform': math.log2(V),
-            'unigram': bits((n[b] + 1) / (len(train) + V) for b in val),
-            'bigram': bits((pairs[a, b] + 1) / (followed[a] + V) for a, b in zip(val, val[1:]))}
+    """Bits that val takes under three models, counted on train with one added to each count:
+    p(b) = 1 / V,   p(b) = (n_b + 1) / (N + V),   p(b | a) = (n_ab + 1) / (n_a + V)."""
+    n, n_pair, N = Counter(train), Counter(zip(train, train[1:])), len(train)
+    p = dict(uniform=[1 / V] * len(val),
+             unigram=[(n[b] + 1) / (N + V) for b in val],
+             bigram=[(n_pair[a, b] + 1) / (n[a] + V) for a, b in zip(train[-1:] + val, val)])
+    return {name: -sum(map(log2, p[name])) for name in p}
 
 
 def xz(train, val):
-    """Bits that xz needs for the validation text after the last 4 MB of the training text."""
-    before = train[-2**22:].encode()[-2**22:]
-    return 8 * (len(lzma.compress(before + val.encode())) - len(lzma.compress(before)))
+    """Bits that xz needs for the text val after the last 4 MB of the text train."""
+    known = train.encode()[-2**22:]
+    alone, both = (len(lzma.compress(data)) for data in (known, known + val.encode()))
+    return 8 * (both - alone)
 
 
-# ---------------------------------------------------------------------------------- the data set
+# ------------------------------------------------------------------------------------ the data set
 
-PARTS = 'train.bin', 'val.bin', 'meta.json'
+PARTS = {'train.bin', 'val.bin', 'meta.json'}
 folder = os.path.join(data_dir, dataset)
 place = os.path.realpath(folder)
+new, old = f'{place}.tmp', f'{place}.old'
 
 
-def remove(path):
-    """Remove a data set. A folder that holds anything else stays, and says so."""
-    for name in PARTS:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(path, name))
-    with contextlib.suppress(FileNotFoundError):
-        os.rmdir(path)
+@contextmanager
+def writing():
+    """What may go wrong when one writes: a disk is full, a folder belongs to somebody else."""
+    try:
+        yield
+    except OSError as error:
+        fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 
 
 def put_right():
-    """Undo what a swap left that was cut short, and see that there is nothing but a data set."""
-    if os.path.isdir(f'{place}.old') and not os.path.exists(place):
-        os.rename(f'{place}.old', place)
-    for path in place, f'{place}.old', f'{place}.tmp':
-        if os.path.exists(path) and not set(os.listdir(path)) <= set(PARTS):
+    """Undo what a swap left that was cut short, if nothing is in the way but data sets."""
+    for path in place, new, old:
+        if os.path.exists(path) and not PARTS.issuperset(os.listdir(path)):
             fail(f'{show(path)} holds more than a data set; --dataset=NAME takes another name')
-    remove(f'{place}.old')
-    remove(f'{place}.tmp')
+    if os.path.exists(old) and not os.path.exists(place):
+        os.rename(old, place)
+    for path in old, new:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def swap_in(contents):
-    """Write a new folder beside the old one, and let them change places."""
-    os.makedirs(f'{place}.tmp')
-    for name, data in zip(PARTS, contents):
-        with open(os.path.join(f'{place}.tmp', name), 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+def swap_in(parts):
+    """Write a new folder beside the old one, and let it take its place."""
+    os.makedirs(new)
+    write({os.path.join(new, name): data for name, data in parts.items()})
     if os.path.exists(place):
-        os.rename(place, f'{place}.old')
-    os.rename(f'{place}.tmp', place)
-    remove(f'{place}.old')
+        os.rename(place, old)
+    os.rename(new, place)
+    put_right()
 
 
 # -------------------------------------------------------------------------------------- the script
 
-if not os.path.isfile(source) and not os.path.isdir(source):
+if not os.path.exists(source):
     fail(f'--source={show(source)}: there is no such file or folder')
-try:
+with writing():
     put_right()
-except OSError as error:
-    fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
 
-papers, written_in, left = [], Counter(), 0
+papers, encodings = [], Counter()
 for path, data in documents():
-    text, codec = decode(data)
+    text, encoding = decode(data)
     text = re.sub('\r\r?\n|\r', '\n', text.rstrip('\0')).replace('\ufeff', '')
-    if junk := JUNK.match(data):
-        note(path, 'skipped', why=f'{junk.lastgroup}, not LaTeX')
-    elif text.count('\0') > len(text) / 1000:
-        note(path, 'skipped', why='not a text')
-    else:
-        cleaned, why = clean(text.replace('\0', ''))
-        status = 'skipped' if not cleaned.strip() else 'stripped' if why else 'cleaned'
-        row = note(path, status, len(text), len(cleaned), why or 'nothing is left of it')
-        if cleaned.strip():
-            papers.append((hashlib.sha256(cleaned.encode()).digest(), cleaned))
-            written_in[codec] += 1
+    if junk := JUNK.match(text):
+        note(path, f'{junk.lastgroup}, not LaTeX')
+        continue
+    paper, why = clean(text.replace('\0', ''))
+    note(path, why if paper else 'nothing is left of it', len(text), len(paper))
+    if paper:
+        papers.append(paper)
+        encodings[encoding] += 1
 if not papers:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
     fail(f'--source={show(source)}: no LaTeX found{why}')
 
-seen = set()
-text = '\n'.join(without_repeats(paper, seen) for _, paper in sorted(papers))
+papers.sort(key=lambda paper: hashlib.sha256(paper.encode()).digest())
+text = without_repeats('\n\n'.join(papers))
 cut = int(len(text) * (1 - val_fraction))  # as the original did
 train, val = text[:cut], only_new(text[cut:], text[:cut])
-left_out = len(text) - cut - len(val)
+left_out = len(text) - len(train + val)
 text = train + val
 
 print(f'learning tokens from {cut:,} characters ...', flush=True)
@@ -489,48 +424,40 @@ for name, part in ('train', train), ('val', val):
             progress(f'encoding {name}: {len(ids[name]):,} tokens')
     meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
     if len(ids[name]) < 3:
-        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all, and '
+        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all, '
              f'{left_out} were left out; more papers are needed, or another --val_fraction')
 
-bits = yardsticks(ids['train'], ids['val'], V)
-meta['yardsticks'] = {name: bits[name] * len(ids['val']) / len(val) for name in bits}
-meta['yardsticks']['xz'] = xz(train, val) / len(val)
-meta.update(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V,
+bits = dict(yardsticks(ids['train'], ids['val'], V), xz=xz(train, val))
+meta.update(yardsticks={name: bits[name] / len(val) for name in bits},
+            tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V,
             left_out=left_out, macros=macros, sources=sources)
-try:
-    swap_in([ids['train'], ids['val'], json.dumps(meta).encode()])
-except OSError as error:
-    remove(f'{place}.tmp')
-    fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+with writing():
+    swap_in({'train.bin': ids['train'], 'val.bin': ids['val'],
+             'meta.json': json.dumps(meta).encode()})
 
-count = {status: [row for row in sources if row['status'] == status]
-         for status in ('cleaned', 'stripped', 'skipped')}
-for status in 'stripped', 'skipped':
-    for row in count[status][:10]:
-        print(f'  {status}: {row["path"]} ({row["why"]})')
-    if len(count[status]) > 10:
-        print(f'  {status}: {len(count[status]) - 10} more, all in {show(folder)}/meta.json')
-if others:
-    print('not LaTeX:   ' + ', '.join(f'{n} {ending}' for ending, n in others.most_common()))
-before = sum(row['characters_before'] for row in sources)
-every = sum(len(part) for part in ids.values())
-unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
-print(f"""read         {len(papers)} files, {len(count['skipped'])} skipped
-characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
+amiss = [row for row in sources if row['status'] != 'cleaned']
+for row in amiss[:20]:
+    print(f'  {row["status"]}: {row["path"]} ({row["why"]})')
+if len(amiss) > 20:
+    print(f'  and {len(amiss) - 20} more, all in {show(folder)}/meta.json')
+every = ids['train'] + ids['val']
+next_line = f'python train.py --dataset={show(dataset)}'
+print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped
+not LaTeX    {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
+in UTF-8     {encodings.pop('', 0)} files, {', '.join(f'{n} in {e}' for e, n in encodings.items())}
+characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
+{len(set(text))} different ones
+left out     {left_out:,} from the end, which stand nearly so in the training part
 begins       {text[:60]!r}
-tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token
+tokens       {len(every):,} of {V:,} kinds ({tokens.kind}), \
+{len(text) / len(every):.2f} characters a token
+unknown      {every.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)):,} of the tokens
 split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
-left out     {left_out:,} characters at the end that stand in the training part nearly so""")
-for codec in filter(None, written_in):
-    print(f'written in   {codec}, at least in part: {written_in[codec]} files')
-if unknown:
-    print(f'unknown      {unknown:,} tokens stand for what the tokenizer does not know')
-print('to be beaten ' + ', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())
-      + ' bits per character')
-again = f'python train.py --dataset={show(dataset)}'
+to be beaten {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
+bits per character""")
 if len(text) < SMALL and not tokenizer_from:
-    print(f"""small        too little to learn a language from, but enough to finetune a model with:
-             python prepare.py --source={show(source)} --dataset={show(dataset)} \
+    print(f"""small        too little to learn a language from, but enough to finetune a model:
+    python prepare.py --source={show(source)} --dataset={show(dataset)} \
 --tokenizer_from=out/ckpt.safetensors
-             {again} --init_from=out/ckpt.safetensors --out_dir=finetuned""")
-print(f'written      {show(folder)}; next: {again}')
+    {next_line} --init_from=out/ckpt.safetensors --out_dir=finetuned""")
+print(f'written      {show(folder)}; next: {next_line}')
