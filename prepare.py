@@ -192,7 +192,8 @@ JUNK = re.compile(r"""(?xi) \s* (?: (?P<HTML> <(?:!doctype|!--|\?xml|html|head|b
 INPUTENC = re.compile(rb"""(?xmi) ^ [^%\r\n]* (?: \[ (?:[^]]*,)? \s* | \\inputencoding\{ )
                            ( (?:latin|ansi|apple|mac|cp|koi|iso) [\w-]* )
                            \s* (?: \] \s* \{ [^}]* inputenc \b | \} )""")
-CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'koi8-ru': 'koi8-u'}
+CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'macce': 'mac-latin2',
+          'maccyr': 'mac-cyrillic', 'iso88595': 'iso8859-5', 'koi8-ru': 'koi8-u'}
 
 
 def decode(data):
@@ -326,9 +327,9 @@ def yardsticks(train, val, V):
     """Bits that val takes under three models, counted on train with one added to each count:
     p(b) = 1 / V,   p(b) = (n_b + 1) / (N + V),   p(b | a) = (n_ab + 1) / (n_a + V)."""
     n, n_pair, N = Counter(train), Counter(zip(train, train[1:])), len(train)
-    p = dict(uniform=[1 / V] * len(val),
-             unigram=[(n[b] + 1) / (N + V) for b in val],
-             bigram=[(n_pair[a, b] + 1) / (n[a] + V) for a, b in zip(train[-1:] + val, val)])
+    p = {'uniform': [1 / V] * len(val),
+         'unigram': [(n[b] + 1) / (N + V) for b in val],
+         'bigram': [(n_pair[a, b] + 1) / (n[a] + V) for a, b in zip(train[-1:] + val, val)]}
     return {name: -sum(map(log2, p[name])) for name in p}
 
 
@@ -379,8 +380,6 @@ def swap_in(parts):
 
 # -------------------------------------------------------------------------------------- the script
 
-if not os.path.exists(source):
-    fail(f'--source={show(source)}: there is no such file or folder')
 with writing():
     put_right()
 
@@ -418,14 +417,14 @@ V = len(tokens.tokens)
 meta, ids = {}, {}
 for name, part in ('train', train), ('val', val):
     ids[name] = array('H')
-    for i, paragraph in enumerate(re.split(r'(?=\n\n)', part)):  # no token is cut here
+    for paragraph in re.split(r'(?=\n\n)', part):  # no token is cut here
         ids[name].extend(tokens.encode(paragraph))
-        if i % 1000 == 0:
-            progress(f'encoding {name}: {len(ids[name]):,} tokens')
+        progress(f'encoding {name}: {len(ids[name]):,} tokens')
     meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
     if len(ids[name]) < 3:
-        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all, '
-             f'{left_out} were left out; more papers are needed, or another --val_fraction')
+        fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
+             f'{left_out} were left out of the validation part, since they stand in the training '
+             'part; more papers are needed, or another --val_fraction')
 
 bits = dict(yardsticks(ids['train'], ids['val'], V), xz=xz(train, val))
 meta.update(yardsticks={name: bits[name] / len(val) for name in bits},
@@ -447,7 +446,7 @@ not LaTeX    {', '.join(f'{n} {ending}' for ending, n in others.most_common()) o
 in UTF-8     {encodings.pop('', 0)} files, {', '.join(f'{n} in {e}' for e, n in encodings.items())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
 {len(set(text))} different ones
-left out     {left_out:,} from the end, which stand nearly so in the training part
+left out     {left_out:,} of the last {val_fraction:.0%}, which stand nearly so in what is before
 begins       {text[:60]!r}
 tokens       {len(every):,} of {V:,} kinds ({tokens.kind}), \
 {len(text) / len(every):.2f} characters a token
