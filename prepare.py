@@ -225,8 +225,8 @@ VERBATIM = re.compile(r"""(?xs)
   | \\begin\{comment\} .*? \\end\{comment\}             # another
   | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
     (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}             # a listing, if it is ever closed
-  | \\(?:verb|Verb|lstinline|mint|mintinline)\*?        # a listing within a line
-    (?:\[[^]\n]*\])? (?: (?<=mint|line) \{\w+\} (?=\S) )?
+  | \\(?: (?:verb|Verb|lstinline)\*? (?:\[[^]\n]*\])?    # a listing within a line
+        | mint(?:inline)? (?:\[[^]\n]*\])? \{\w+\} )
     (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
   | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^]\n]*\])?
     \{ (?:[^{}\n]|\{[^{}\n]*\})* \}                     # an address
