@@ -197,12 +197,12 @@ CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'mac
 
 
 def decode(data):
-    """Bytes to text, and the encoding if it isn't UTF-8: by its mark or, line by line, as UTF-8,
-    as its inputenc says, as cp1252."""
+    """Bytes to text, and their encoding: by its mark, as UTF-8 or, line by line, as UTF-8, as its
+    inputenc says, as cp1252."""
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
         return data.decode('utf-16', 'replace'), 'utf-16'
     with suppress(UnicodeError):
-        return data.decode(), ''
+        return data.decode(), 'utf-8'
     found = INPUTENC.search(data)
     declared = found[1].decode().lower() if found else 'cp1252'
     declared = CODECS.get(declared, declared)
@@ -272,7 +272,8 @@ def clean(text):
     text = collapse(uncomment(text))
     macros.update((match[1], match[0].translate(SHOW)) for match in MACRO.finditer(text))
     parts = CUT.split(text)
-    parts = [part[begin.start():] for part in parts if (begin := BEGIN.search(part))] or parts[:1]
+    begun = [part[begin.start():] for part in parts if (begin := BEGIN.search(part))]
+    parts = begun or parts[:1]
     why = ''
     for i, part in enumerate(parts):
         try:
@@ -329,7 +330,8 @@ def yardsticks(train, val, V):
     n, n_pair, N = Counter(train), Counter(zip(train, train[1:])), len(train)
     p = {'uniform': [1 / V] * len(val),
          'unigram': [(n[b] + 1) / (N + V) for b in val],
-         'bigram': [(n_pair[a, b] + 1) / (n[a] + V) for a, b in zip(train[-1:] + val, val)]}
+         'bigram': [(n_pair[a, b] + 1) / (n[a] + V)
+                    for a, b in zip(train[-1:] + val, val)]}
     return {name: -sum(map(log2, p[name])) for name in p}
 
 
@@ -417,8 +419,8 @@ V = len(tokens.tokens)
 meta, ids = {}, {}
 for name, part in ('train', train), ('val', val):
     ids[name] = array('H')
-    for paragraph in re.split(r'(?=\n\n)', part):  # no token is cut here
-        ids[name].extend(tokens.encode(paragraph))
+    for piece in re.findall(r'(?s).{1,65536}.*?(?=\n\n|\Z)', part):  # no token is cut there
+        ids[name].extend(tokens.encode(piece))
         progress(f'encoding {name}: {len(ids[name]):,} tokens')
     meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
     if len(ids[name]) < 3:
@@ -427,9 +429,9 @@ for name, part in ('train', train), ('val', val):
              'part; more papers are needed, or another --val_fraction')
 
 bits = dict(yardsticks(ids['train'], ids['val'], V), xz=xz(train, val))
-meta.update(yardsticks={name: bits[name] / len(val) for name in bits},
-            tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V,
-            left_out=left_out, macros=macros, sources=sources)
+meta['tokenizer'] = dict(kind=tokens.kind, learned=tokens.learned)
+meta['yardsticks'] = {name: bits[name] / len(val) for name in bits}
+meta.update(vocab_size=V, left_out=left_out, macros=macros, sources=sources)
 with writing():
     swap_in({'train.bin': ids['train'], 'val.bin': ids['val'],
              'meta.json': json.dumps(meta).encode()})
@@ -442,8 +444,8 @@ if len(amiss) > 20:
 every = ids['train'] + ids['val']
 next_line = f'python train.py --dataset={show(dataset)}'
 print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped
-not LaTeX    {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
-in UTF-8     {encodings.pop('', 0)} files, {', '.join(f'{n} in {e}' for e, n in encodings.items())}
+not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
+encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
 {len(set(text))} different ones
 left out     {left_out:,} of the last {val_fraction:.0%}, which stand nearly so in what is before

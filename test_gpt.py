@@ -187,7 +187,7 @@ def test_preambles_and_what_tex_never_reads_go(run, tmp_path):
     listing = '\\begin{verbatim}\n\\end{document}\n\\documentclass{x}\n\\end{verbatim}'
     macros = {'\\R': '\\newcommand{\\R}{\\mathbb{R}}', '\\e': '\\newcommand*\\e[1]{\\|#1\\epsilon\\}}',
               '\\Hom': '\\DeclareMathOperator{\\Hom}{Hom}'}
-    first, second = PAPER.replace('The', listing + 'The'), PAPER.replace('The end', 'Second end')
+    first, second = PAPER.replace('The end', listing + 'The end'), PAPER.replace('The end', 'Second end')
     first = first.replace('% a class', '\n'.join(macros.values()) + '\\newcommand{\\x}{a\\x}')
     text = clean(run, tmp_path, 'never\n' + first + 'never\n' + second + 'never\n\\begin{document}'
                  'Third.\n\\endinput\nnever\n\\documentstyle{never}\n\\begin{document}Fourth')
