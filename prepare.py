@@ -189,7 +189,7 @@ JUNK = re.compile(r"""(?xi) \s* (?: (?P<HTML> <(?:!doctype|!--|\?xml|html|head|b
                                   | (?P<binary> (?:[^\0]{0,500}\0){2} ))""")
 
 # An inputenc that isn't commented out, and what Python calls it where the names differ.
-INPUTENC = re.compile(rb"""(?xmi) ^ [^%\r\n]* (?: \[ (?:[^]]*,)? \s* | \\inputencoding\{ )
+INPUTENC = re.compile(rb"""(?xmi) ^ [^%\r\n]* (?: \[ (?:[^][]*,)? \s* | \\inputencoding\{ )
                            ( (?:latin|ansi|apple|mac|cp|koi|iso) [\w-]* )
                            \s* (?: \] \s* \{ [^}]* inputenc \b | \} )""")
 CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'macce': 'mac-latin2',
@@ -225,10 +225,10 @@ VERBATIM = re.compile(r"""(?xs)
   | \\begin\{comment\} .*? \\end\{comment\}             # another
   | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
     (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}             # a listing, if it is ever closed
-  | \\(?: (?:verb|Verb|lstinline)\*? (?:\[[^]\n]*\])?    # a listing within a line
-        | mint(?:inline)? (?:\[[^]\n]*\])? \{\w+\} )
+  | \\(?: (?:verb|Verb|lstinline)\*? (?:\[[^][\n]*\])?    # a listing within a line
+        | mint(?:inline)? (?:\[[^][\n]*\])? \{\w+\} )
     (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
-  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^]\n]*\])?
+  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^][\n]*\])?
     \{ (?:[^{}\n]|\{[^{}\n]*\})* \}                     # an address
   | \\url ([^\w\s*{]) [^\n]*? \3
 """)
@@ -246,7 +246,7 @@ BRACES = r'\{(?:[^{}\\]|(?!\1\b)\\.)*\}'
 for _ in range(4):
     BRACES = BRACES.replace('[^', BRACES + '|[^', 1)
 MACRO = re.compile(r'(?s)\\(?:newcommand|DeclareMathOperator)\*?\s*\{?(\\[A-Za-z]+)\}?'
-                   rf'\s*(?:\[\d\])?(?:\[[^]]*\])?\s*{BRACES}')
+                   rf'\s*(?:\[\d\])?(?:\[[^][]*\])?\s*{BRACES}')
 
 
 def uncomment(text):
