@@ -597,11 +597,20 @@ def override(settings, **allowed):
     return config
 
 
-def quiet():
-    """Ctrl-C, a closed pipe and a screen that can't show a letter leave no traceback."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+def on_stop(act):
+    """Have act(number, frame) called at Ctrl-C, at SIGTERM, and when a terminal is closed."""
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets it be
+            signal.signal(number, act)
+
+
+def quiet(closed_pipe=signal.SIG_DFL):
+    """What ends a script from outside leaves no traceback, nor does a screen that can't show a
+    letter. A closed pipe, as in `| head`, ends it silently."""
+    on_stop(lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, 'SIGPIPE'):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `| head`
+        signal.signal(signal.SIGPIPE, closed_pipe)
     sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stdout.reconfigure(errors='backslashreplace')
 

@@ -4,11 +4,28 @@ Papers in, tokens out: reads LaTeX, cleans it, learns a tokenizer, writes what t
     python prepare.py                                    the papers of papers/
     python prepare.py --source=FOLDER --dataset=NAME     your own: .tex, .zip, .tar.gz, arXiv's .gz
 """
-import codecs, contextlib, gzip, io, json, math, os, re, sys, tarfile, tempfile, zipfile, zlib
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import zipfile
 from array import array
+from collections import Counter, defaultdict
+from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
+from math import log2
+from pathlib import Path
+from types import SimpleNamespace
 
 from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, load, override, quiet, write
-import torch
 from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
 
 # -------------------------------------------------------------------------------------------------
@@ -24,210 +41,257 @@ config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=(257, MAX_VOCAB
                   val_fraction=(0.001, 0.9))
 quiet()
 
-MEMBER, WHOLE = 2**26, 2**30  # the most bytes that a file, and all of an archive, may unpack to
-ARCHIVE = r'\.(zip|tar|t?gz)$'
-sources = []  # what became of each file
-scratch = tempfile.TemporaryDirectory()  # where the cleaner works
+MEMBER = 2**26  # the most bytes that one file may have
+WHOLE = 2**30  # the most bytes that one archive may unpack to
+SMALL = 200_000  # with fewer characters than this one had better finetune
+
+sources = []  # what became of each file that might be LaTeX
+others = Counter()  # the endings of all other files
+macros = {}  # the definitions that the papers make
+scratch = tempfile.TemporaryDirectory()  # where the cleaner works; it goes when the script ends
 
 
 def show(name):
     """A file's name on one line, whatever is in it."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    return repr(name)[1:-1]
 
 
-def note(path, status, before=0, after=0, why=''):
+def progress(message):
+    if sys.stdout.isatty():
+        print(message, end='\r', flush=True)
+
+
+def note(path, why='', before=0, after=0):
+    """What became of a file, and why it isn't what it might have been."""
+    status = 'skipped' if after == 0 else 'stripped' if why else 'cleaned'
     sources.append(dict(path=show(path), status=status, characters_before=before,
                         characters_after=after, why=why))
-    if sys.stdout.isatty():
-        print(f'{len(sources)} files', end='\r', flush=True)
+    progress(f'{len(sources)} files')
 
 
 # ------------------------------------------------------------------------------------- finding it
 
-def is_latex(name):
-    return name.lower().endswith(('.tex', '.ltx', '.latex'))
+# LaTeX, an archive, or what arXiv hands out: a number for a name, or a name without an ending.
+WANTED = re.compile(r'(?is).*\.(tex|ltx|latex|zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zst|z)'
+                    r'|[\d.]+(v\d+)?|[^.]*')
+TEX = '.tex', '.ltx', '.latex'
+LATEX = re.compile(rb'\\(document(class|style)|begin *\{|input\b|def *\\|(sub)*section|chapter)')
+PACKED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
 
 
 def files(top):
-    """The paths of all files in a folder and its folders, sorted. Links are not followed."""
-    found, folders = [], [top]
-    while folders:
-        folder = folders.pop()
-        try:
-            for entry in os.scandir(folder):
-                if entry.is_symlink():
-                    if is_latex(entry.name):
-                        note(entry.path, 'skipped', why='a link: name what it leads to as --source')
-                elif entry.is_dir():
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    found.append(entry.path)
-        except OSError as error:
-            note(folder, 'skipped', why=error.strerror)
-    return sorted(found)
+    """Yield the paths of all files in a folder and its folders. Links are not followed."""
+    def unread(error):
+        note(error.filename, error.strerror)
+
+    for folder, folders, names in os.walk(top, onerror=unread):
+        folders[:] = sorted(set(folders) - {'.git'})
+        for name in folders + sorted(names):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                note(path, 'a link: name what it leads to as --source')
+            elif os.path.isfile(path):
+                yield path
 
 
-class Capped:
-    """A file that fails rather than give more than WHOLE bytes."""
-
-    def __init__(self, file):
-        self.file, self.left = file, WHOLE
-
-    def read(self, size):
-        data = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
-        return data
+def take(file):
+    """All that is in an open file, where that is not too much."""
+    global left  # how many more bytes the source may unpack to
+    data = bytearray()
+    while part := file.read(2**16):
+        data += part
+        left -= len(part)
+        assert len(data) <= MEMBER and left >= 0, f'larger than {MEMBER >> 20} MB'
+    return bytes(data)
 
 
-def unpack(path, file, depth=0):
-    """Yield (path, bytes) of the LaTeX in an open file: of itself or, by its first bytes and not
-    by its name, of what a zip, a tar or a gzip holds. Nothing is written."""
-    head = file.read(512)
+def at_most(limit, function):
+    """A function of a number of bytes, for numbers that can be meant."""
+    def limited(n):
+        assert n <= limit, 'what it says of its size is too much'
+        return function(n)
+    return limited
+
+
+def members(path, file):
+    """Yield (path, how to open it) of each file that is packed in an open file. Its first bytes
+    say whether there are any, not its name. Nothing is written."""
+    head = file.read(3)
     file.seek(0)
-    try:
-        if depth > 3:
-            raise ValueError('archives within archives within archives')
-        if head[:2] == b'\x1f\x8b':
-            members = ungzip(path, gzip.GzipFile(fileobj=file))
-        elif head[:4] == b'PK\x03\x04':
-            members = unzip(path, file)
-        elif is_tar(head):
-            members = untar(path, file)
-        elif is_latex(path) or depth and re.search(rb'\\(document|begin|input|def)', head):
-            data = file.read(MEMBER + 1)
-            if len(data) > MEMBER:
-                raise ValueError(f'larger than {MEMBER >> 20} MB')
-            yield path, data
-            return
-        elif re.search(ARCHIVE, path, re.I):
-            raise ValueError('not an archive')
-        else:
-            return
-        for name, data in sorted(members):
-            if len(data) > MEMBER:
-                note(name, 'skipped', why=f'larger than {MEMBER >> 20} MB')
-            else:
-                yield from unpack(name, io.BytesIO(data), depth + 1)
-    except Exception as error:  # whatever a damaged file may cause
-        note(path, 'skipped', why=str(error) or type(error).__name__)
-
-
-def is_tar(head):
-    """Whether the first 512 bytes are the header of a tar: its check sum says so."""
-    with contextlib.suppress(tarfile.HeaderError):
-        return bool(tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape'))
-
-
-def ungzip(path, file):
-    if is_tar(file.read(512)):
-        file.seek(0)
-        return untar(path, file)
-    file.seek(0)
-    return [(re.sub(r'\.gz$', '', path), file.read(MEMBER + 1))]
-
-
-def untar(path, file):
-    with tarfile.open(fileobj=Capped(file), mode='r|') as archive:
-        return [(f'{path}/{member.name}', archive.extractfile(member).read(MEMBER + 1))
-                for member in archive if member.isfile() and wanted(member.name)]
-
-
-def unzip(path, file):
-    members, left = [], WHOLE
-    with zipfile.ZipFile(file) as archive:
+    if head in (b'PK\3', b'PK\5'):
+        archive = zipfile.ZipFile(file)
         for member in archive.infolist():
-            if member.flag_bits & 1:
-                note(f'{path}/{member.filename}', 'skipped', why='encrypted')
-            elif wanted(member.filename) and not member.is_dir():
-                with archive.open(member) as inside:
-                    members.append((f'{path}/{member.filename}', inside.read(MEMBER + 1)))
-                left -= len(members[-1][1])
-                if left < 0:
-                    raise ValueError(f'unpacks to more than {WHOLE >> 20} MB')
-    return members
+            name = f'{path}/{member.filename}'
+            if member.compress_type > zipfile.ZIP_DEFLATED:
+                note(name, 'neither stored nor deflated')
+            elif not member.is_dir():
+                yield name, partial(archive.open, member)
+        return
+    if head in PACKED:
+        file = PACKED[head](file)
+        path += '/' + re.sub(r'\.(gz|bz2|xz)$', '', os.path.basename(path))
+    try:
+        capped = SimpleNamespace(tell=file.tell, seek=at_most(WHOLE, file.seek),
+                                 read=at_most(2**20, file.read))
+        archive = tarfile.open(fileobj=capped, mode='r:')
+    except tarfile.ReadError:
+        file.seek(0)
+        yield path, lambda: file
+        return
+    for member in archive:
+        if member.isfile():
+            yield f'{path}/{member.name}', partial(archive.extractfile, member)
 
 
-def wanted(name):
-    """LaTeX, an archive, or what arXiv hands out: a name without an ending, or a number."""
-    base = name.split('/')[-1]
-    return is_latex(base) or bool(re.search(ARCHIVE, base, re.I)
-                                  or re.fullmatch(r'[^.]*|[\d.]+(v\d+)?', base))
+def unpack(path, opened, depth=0):
+    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What gives none is noted
+    or, where nobody would expect any, counted."""
+    base = os.path.basename(path)
+    if not WANTED.fullmatch(base) and path != source:
+        others[os.path.splitext(base)[1].lower()] += 1
+        return
+    noted = len(sources)
+    try:
+        assert depth < 6, 'archives within archives within archives'
+        with opened() as file:
+            if depth:
+                file = io.BytesIO(take(file))
+            for name, inside in members(path, file):
+                if name != path:
+                    yield from unpack(name, inside, depth + 1)
+                elif LATEX.search(data := take(file)) or base.lower().endswith(TEX):
+                    yield path, data
+    except Exception as error:  # whatever a damaged file may cause
+        note(path, str(error) or type(error).__name__)
+    if len(sources) == noted:
+        note(path, 'no LaTeX in it')
 
 
 def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
+    global left
     for path in files(source) if os.path.isdir(source) else [source]:
-        if wanted(os.path.basename(path)) or path == source:
-            left = WHOLE
-            try:
-                with open(path, 'rb') as file:
-                    for name, data in unpack(path, file):
-                        left -= len(data)
-                        if left < 0:
-                            raise OSError(0, f'unpacks to more than {WHOLE >> 20} MB')
-                        yield name, data
-            except OSError as error:
-                note(path, 'skipped', why=error.strerror)
+        left = WHOLE
+        yield from unpack(path, partial(open, path, 'rb'))
 
 
 # ------------------------------------------------------------------------------------- reading it
 
+JUNK = re.compile(r"""(?xi) \s* (?: (?P<HTML> <(?:!doctype|!--|\?xml|html|head|body) )
+                                  | (?P<RTF> \{\\rtf )
+                                  | (?P<PostScript> \x04? %!(?:ps|\s*\n) )
+                                  | (?P<PDF> %pdf- )
+                                  | (?P<git_lfs> version\ https?:// )
+                                  | (?P<binary> (?:[^\0]{0,500}\0){2} ))""")
+
+# An inputenc that isn't commented out, and what Python calls it where the names differ.
+INPUTENC = re.compile(rb"""(?xmi) ^ [^%\r\n]* (?: \[ (?:[^][]*,)? \s* | \\inputencoding\{ )
+                           ( (?:latin|ansi|apple|mac|cp|koi|iso) [\w-]* )
+                           \s* (?: \] \s* \{ [^}]* inputenc \b | \} )""")
+CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'macce': 'mac-latin2',
+          'maccyr': 'mac-cyrillic', 'iso88595': 'iso8859-5', 'koi8-ru': 'koi8-u'}
+
+
 def decode(data):
-    """Bytes to text: by its mark, as UTF-8, as its inputenc says, as latin-1."""
-    for mark, codec in ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'),
-                        (codecs.BOM_UTF16_BE, 'utf-16')):
-        if data.startswith(mark):
-            return data.decode(codec, 'replace')
-    declared = re.search(rb'\[((?:latin|ansi|apple|mac|cp|koi|iso)[\w-]*)\]\s*\{inputenc\}', data)
-    declared = declared.group(1).decode() if declared else 'latin-1'
-    codec = {'ansinew': 'cp1252', 'applemac': 'mac-roman'}.get(declared, declared)
-    for codec, errors in (('utf-8', 'strict'), (codec, 'replace'), ('latin-1', 'replace')):
-        with contextlib.suppress(UnicodeError, LookupError):
-            return data.decode(codec, errors)
+    """Bytes to text, and their encoding: by its mark, as UTF-8 or, line by line, as UTF-8, as its
+    inputenc says, as cp1252."""
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        return data.decode('utf-16', 'replace'), 'utf-16'
+    with suppress(UnicodeError):
+        return data.decode(), 'utf-8'
+    found = INPUTENC.search(data)
+    declared = found[1].decode().lower() if found else 'cp1252'
+    declared = CODECS.get(declared, declared)
+
+    def line(data):
+        for codec in 'utf-8', declared:
+            with suppress(UnicodeError, LookupError):
+                return data.decode(codec)
+        return data.decode('cp1252', 'replace')
+
+    return ''.join(map(line, data.splitlines(keepends=True))), declared
+
+
+# ------------------------------------------------------------------------------------ cleaning it
+
+# Read from left to right, each of these is taken as a whole, as TeX does.
+VERBATIM = re.compile(r"""(?xs)
+    \\[\\%]                                             # a pair: no comment begins here
+  | % [^\n]*                                            # a comment
+  | \\begin\{comment\} .*? \\end\{comment\}             # another
+  | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
+    (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}             # a listing, if it is ever closed
+  | \\(?: (?:verb|Verb|lstinline)\*? (?:\[[^][\n]*\])?    # a listing within a line
+        | mint(?:inline)? (?:\[[^][\n]*\])? \{\w+\} )
+    (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
+  | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^][\n]*\])?
+    \{ (?:[^{}\n]|\{[^{}\n]*\})* \}                     # an address
+  | \\url ([^\w\s*{]) [^\n]*? \3
+""")
+HIDE = str.maketrans('\\%', '\ufdd0\ufdd1')  # these two are in no text
+SHOW = str.maketrans('\ufdd0\ufdd1', '\\%')
+
+# A file is cut where a document ends or begins, and where TeX is told to read no further.
+CUT = re.compile(r"""(?xm) (?<=\\end\{document\})
+    | ^(?= \\document(?:class|style)\b | \\endinput\b (?!.*\s*\\(?:fi|else)\b) )""")
+BEGIN = re.compile(r'(?s)\\begin\{document\}'
+                   r'|\\document(?:class|style)\b(?!.*\\begin\{document\})')
+
+# A macro's definition: braces within braces, and never its own name.
+BRACES = r'\{(?:[^{}\\]|(?!\1\b)\\.)*\}'
+for _ in range(4):
+    BRACES = BRACES.replace('[^', BRACES + '|[^', 1)
+MACRO = re.compile(r'(?s)\\(?:newcommand|DeclareMathOperator)\*?\s*\{?(\\[A-Za-z]+)\}?'
+                   rf'\s*(?:\[\d\])?(?:\[[^][]*\])?\s*{BRACES}')
+
+
+def uncomment(text):
+    """Hide what is verbatim, and take out comments: as TeX does, with the end of their line and
+    the indentation of the next; but a paragraph's end stays, and so does a control word's."""
+    def hide(match):
+        comment = match[0].startswith(('%', r'\begin{comment}'))
+        return '%' if comment else match[0].translate(HIDE)
+
+    text = VERBATIM.sub(hide, text)
+    text = re.sub(r'(?m)^[ \t]*%\n', '', text)
+    text = re.sub(r'(\\[A-Za-z@]+)%\n[ \t]*(?=[A-Za-z])', r'\1 ', text)
+    return re.sub(r'%(\n[ \t]*(?=\S))?', '', text)
+
+
+def collapse(text):
+    """Make one of several blank lines."""
+    return re.sub(r'\n\s*\n', '\n\n', text)
 
 
 def clean(text):
-    """Take out comments and what never prints: (text, why the cleaner couldn't, if it couldn't).
-
-    The cleaner drops what follows \\end{document}, so a file of several papers goes through it
-    paper by paper.
-    """
-    text = re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text)  # the cleaner takes its time for each line
-    ends = [match.end() for match in re.finditer(r'\\end\{document\}.*\n?', text)]
-    out, why = [], ''
-    for start, end in zip([0, *ends], [*ends, len(text)]):
-        if text[start:end].strip():
-            try:
-                out.append(run_cleaner(text[start:end]))
-            except Exception as error:
-                out.append(re.sub(r'(?<!\\)((?:\\\\)*)%.*', r'\1%', text[start:end]))
-                why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
-    text = ''.join(out)
-    # A % that is left at the end of a line takes the line end and the next indentation with it,
-    # as in TeX; before a blank line, the paragraph's end stays.
-    text = re.sub(r'(?<!\\)((?:\\\\)*)%[ \t]*\n(?:[ \t]*(\n)|[ \t]*)', r'\1\2\2', text)
-    return re.sub(r'\n[ \t]*\n\s*\n', '\n\n', text), why
+    """What TeX prints of a file, and why the cleaner couldn't tell if it couldn't."""
+    text = collapse(uncomment(text))
+    macros.update((match[1], match[0].translate(SHOW)) for match in MACRO.finditer(text))
+    parts = CUT.split(text)
+    begun = [part[begin.start():] for part in parts if (begin := BEGIN.search(part))]
+    parts = begun or parts[:1]
+    why = ''
+    for i, part in enumerate(parts):
+        try:
+            parts[i] = run_cleaner(part)
+        except Exception as error:
+            why = f'arxiv-latex-cleaner: {type(error).__name__}; comments stripped simply'
+    return collapse('\n\n'.join(parts)).translate(SHOW).strip(), why
 
 
 def run_cleaner(text):
-    """The cleaner's public function, on one file in a folder by itself."""
-    folder = os.path.join(scratch.name, 'in')
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'paper.tex'), 'w', encoding='utf-8') as file:
-        file.write(text)
-    with contextlib.redirect_stderr(io.StringIO()):
-        run_arxiv_cleaner(dict(
-            input_folder=folder, keep_bib=False, commands_to_delete=[], images_allowlist={},
-            im_size=500, pdf_im_resolution=500, resize_images=False, compress_pdf=False))
-    with open(os.path.join(scratch.name, 'in_arXiv', 'paper.tex'), encoding='utf-8') as file:
-        return file.read()
+    """The cleaner's public function, all its options off, on one file in a folder by itself."""
+    paper = Path(scratch.name, 'in', 'paper.tex')
+    paper.parent.mkdir(exist_ok=True)
+    paper.write_text(text, encoding='utf-8')
+    with redirect_stderr(io.StringIO()):
+        run_arxiv_cleaner(defaultdict(list, input_folder=str(paper.parent)))
+    return Path(scratch.name, 'in_arXiv', 'paper.tex').read_text(encoding='utf-8')
 
 
-def without_repeats(text, seen):
+def without_repeats(text):
     """Drop each paragraph of 100 characters or more that has been seen before."""
-    kept = []
+    seen, kept = set(), []
     for paragraph in text.split('\n\n'):
         if len(paragraph) < 100 or paragraph not in seen:
             kept.append(paragraph)
@@ -235,106 +299,163 @@ def without_repeats(text, seen):
     return '\n\n'.join(kept)
 
 
-def yardsticks(train, val, V, characters):
-    """Bits per character of the validation part under three models that were counted on the
-    training part, one being added to each count: p(b) = (n_b + 1) / (N + V), p(b | a) =
-    (n_ab + 1) / (n_a + V), and 1 / V."""
-    def pairs(ids):
-        return ids[:-1] * V + ids[1:]
-    val = torch.frombuffer(val, dtype=torch.int16).long() & 0xffff
-    kinds, which = pairs(val).unique(return_inverse=True)
-    n, n_pairs = torch.zeros(V).double(), torch.zeros(len(kinds)).double()
-    for start in range(0, len(train), 2**20):  # so that little of it is in memory as int64
-        part = torch.frombuffer(train[start:start + 2**20 + 1], dtype=torch.int16).long() & 0xffff
-        n += part[:2**20].bincount(minlength=V)
-        part = pairs(part)
-        at = torch.searchsorted(kinds, part).clamp(max=len(kinds) - 1)
-        n_pairs += at[kinds[at] == part].bincount(minlength=len(kinds))
-    unigram = (n[val] + 1) / (len(train) + V)
-    n[train[-1]] -= 1  # nothing follows it
-    bigram = (n_pairs[which] + 1) / (n[val[:-1]] + V)
-    bits = len(val) / characters  # tokens a character
-    return {'uniform': bits * math.log2(V), 'unigram': -bits * unigram.log2().mean().item(),
-            'bigram': -bits * bigram.log2().mean().item()}
+def runs(text):
+    """A hash of each run of twelve words in a paragraph, white space aside."""
+    for paragraph in text.split('\n\n'):
+        words = paragraph.split()
+        for i in range(len(words) - 11):
+            yield hash(tuple(words[i:i + 12]))
+
+
+def only_new(val, train):
+    """Drop each paragraph of val most of whose runs of twelve words stand in train."""
+    known = set(runs(val)).intersection(runs(train))
+
+    def new(paragraph):
+        found = [run in known for run in runs(paragraph)]
+        return sum(found) <= len(found) / 2
+
+    return '\n\n'.join(filter(new, val.split('\n\n')))
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+def yardsticks(train, val, V):
+    """Bits that val takes under three models, counted on train with one added to each count:
+    p(b) = 1 / V,   p(b) = (n_b + 1) / (N + V),   p(b | a) = (n_ab + 1) / (n_a + V)."""
+    n, n_pair, N = Counter(train), Counter(zip(train, train[1:])), len(train)
+    p = {'uniform': [1 / V] * len(val),
+         'unigram': [(n[b] + 1) / (N + V) for b in val],
+         'bigram': [(n_pair[a, b] + 1) / (n[a] + V)
+                    for a, b in zip(train[-1:] + val, val)]}
+    return {name: -sum(map(log2, p[name])) for name in p}
+
+
+def xz(train, val):
+    """Bits that xz needs for the text val after the last 4 MB of the text train."""
+    known = train.encode()[-2**22:]
+    alone, both = (len(lzma.compress(data)) for data in (known, known + val.encode()))
+    return 8 * (both - alone)
+
+
+# ------------------------------------------------------------------------------------ the data set
+
+PARTS = {'train.bin', 'val.bin', 'meta.json'}
+folder = os.path.join(data_dir, dataset)
+place = os.path.realpath(folder)
+new, old = f'{place}.tmp', f'{place}.old'
+
+
+@contextmanager
+def writing():
+    """What may go wrong when one writes: a disk is full, a folder belongs to somebody else."""
+    try:
+        yield
+    except OSError as error:
+        fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+
+
+def put_right():
+    """Undo what a swap left that was cut short, if nothing is in the way but data sets."""
+    for path in place, new, old:
+        if os.path.exists(path) and not PARTS.issuperset(os.listdir(path)):
+            fail(f'{show(path)} holds more than a data set; --dataset=NAME takes another name')
+    if os.path.exists(old) and not os.path.exists(place):
+        os.rename(old, place)
+    for path in old, new:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def swap_in(parts):
+    """Write a new folder beside the old one, and let it take its place."""
+    os.makedirs(new)
+    for name, data in parts.items():
+        write(os.path.join(new, name), data)
+    if os.path.exists(place):
+        os.rename(place, old)
+    os.rename(new, place)
+    put_right()
 
 
 # -------------------------------------------------------------------------------------- the script
 
-if not os.path.isfile(source) and not os.path.isdir(source):
-    fail(f'--source={show(source)}: there is no such file or folder')
-texts, seen = [], set()
+with writing():
+    put_right()
+
+papers, encodings = [], Counter()
 for path, data in documents():
-    if b'\0' in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        note(path, 'skipped', why='not a text')
+    text, encoding = decode(data)
+    text = re.sub('\r\r?\n|\r', '\n', text.rstrip('\0')).replace('\ufeff', '')
+    if junk := JUNK.match(text):
+        note(path, f'{junk.lastgroup}, not LaTeX')
         continue
-    text = re.sub('\r\n?', '\n', decode(data))
-    cleaned, why = clean(text)
-    cleaned = without_repeats(cleaned, seen)
-    if cleaned.strip():
-        texts.append(cleaned)
-        note(path, 'stripped' if why else 'cleaned', len(text), len(cleaned), why)
-    else:
-        note(path, 'skipped', len(text), why='nothing is left of it')
-text, n_files = '\n'.join(texts), len(texts)
-if not text:
+    paper, why = clean(text.replace('\0', ''))
+    note(path, why if paper else 'nothing is left of it', len(text), len(paper))
+    if paper:
+        papers.append(paper)
+        encodings[encoding] += 1
+if not papers:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
     fail(f'--source={show(source)}: no LaTeX found{why}')
+
+papers.sort(key=lambda paper: hashlib.sha256(paper.encode()).digest())
+text = without_repeats('\n\n'.join(papers))
 cut = int(len(text) * (1 - val_fraction))  # as the original did
-del texts, seen, data, cleaned  # each as large as the corpus
+train, val = text[:cut], only_new(text[cut:], text[:cut])
+left_out = len(text) - len(train + val)
+text = train + val
 
 print(f'learning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
     size = MAX_VOCAB if tokenizer == 'char' else vocab_size
-    tokens = TOKENIZERS[tokenizer].learn(text[:cut], size)
+    tokens = TOKENIZERS[tokenizer].learn(train, size)
 V = len(tokens.tokens)
-meta = dict(tokenizer=dict(kind=tokens.kind, learned=tokens.learned), vocab_size=V)
-ids = {}
-for name, begin, end in ('train', 0, cut), ('val', cut, len(text)):
-    ids[name], size = array('H'), 0
-    for start in range(begin, end, 2**16):  # which is where `pieces` cuts as well
-        part = text[start:min(start + 2**16, end)]
-        ids[name].extend(tokens.encode(part))
-        size += len(part.encode('utf-8', 'replace'))
-        if sys.stdout.isatty():
-            print(f'encoding {start / len(text):4.0%}', end='\r', flush=True)
-    meta[name] = dict(characters=end - begin, bytes=size, tokens=len(ids[name]),
-                      crc32=zlib.crc32(ids[name]))
+
+meta, ids = {}, {}
+for name, part in ('train', train), ('val', val):
+    ids[name] = array('H')
+    for piece in re.findall(r'(?s).{1,65536}.*?(?=\n\n|\Z)', part):  # no token is cut there
+        ids[name].extend(tokens.encode(piece))
+        progress(f'encoding {name}: {len(ids[name]):,} tokens')
+    meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
     if len(ids[name]) < 3:
         fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
-             'more papers are needed, or another --val_fraction')
-meta['yardsticks'] = yardsticks(ids['train'], ids['val'], V, len(text) - cut)
-meta['sources'] = sources
+             f'{left_out} were left out of the validation part, since they stand in the training '
+             'part; more papers are needed, or another --val_fraction')
 
-folder = os.path.join(data_dir, dataset)
-try:
-    os.makedirs(folder, exist_ok=True)
-    files = {'train.bin': ids['train'], 'val.bin': ids['val'],
-             'meta.json': json.dumps(meta).encode()}
-    for name, data in files.items():
-        write(os.path.join(folder, name), data)
-except OSError as error:
-    fail(f'{show(error.filename or folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+bits = dict(yardsticks(ids['train'], ids['val'], V), xz=xz(train, val))
+meta['tokenizer'] = dict(kind=tokens.kind, learned=tokens.learned)
+meta['yardsticks'] = {name: bits[name] / len(val) for name in bits}
+meta.update(vocab_size=V, left_out=left_out, macros=[*macros.values()], sources=sources)
+with writing():
+    swap_in({'train.bin': ids['train'], 'val.bin': ids['val'],
+             'meta.json': json.dumps(meta).encode()})
 
-count = {status: [row for row in sources if row['status'] == status]
-         for status in ('cleaned', 'stripped', 'skipped')}
-for status in ('stripped', 'skipped'):
-    for row in count[status][:10]:
-        print(f'  {status}: {row["path"]} ({row["why"]})')
-    if len(count[status]) > 10:
-        print(f'  {status}: {len(count[status]) - 10} more, all in {folder}/meta.json')
-before = sum(row['characters_before'] for row in sources)
-every = sum(part['tokens'] for part in (meta['train'], meta['val']))
-unknown = sum(part.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)) for part in ids.values())
-print(f"""read         {n_files} files, {len(count['skipped'])} skipped
-characters   {before:,}, cleaned {len(text):,}; {len(set(text))} different ones
+amiss = [row for row in sources if row['status'] != 'cleaned']
+for row in amiss[:20]:
+    print(f'  {row["status"]}: {row["path"]} ({row["why"]})')
+if len(amiss) > 20:
+    print(f'  and {len(amiss) - 20} more, all in {show(folder)}/meta.json')
+every = ids['train'] + ids['val']
+next_line = f'python train.py --dataset={show(dataset)}'
+print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped
+not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
+encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
+characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
+{len(set(text))} different ones
+left out     {left_out:,} of the last {val_fraction:.0%}, which stand nearly so in what is before
 begins       {text[:60]!r}
-tokens       {every:,} of {V:,} kinds ({tokens.kind}), {len(text) / every:.2f} characters a token
-split        {meta['train']['tokens']:,} to train, {meta['val']['tokens']:,} to validate""")
-if unknown:
-    print(f'unknown      {unknown:,} tokens stand for what the tokenizer does not know')
-print('to be beaten ' + ', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())
-      + ' bits per character')
-print(f'written      {folder}; next: python train.py'
-      + (f' --dataset={dataset}' if dataset != 'papers' else ''))
+tokens       {len(every):,} of {V:,} kinds ({tokens.kind}), \
+{len(text) / len(every):.2f} characters a token
+unknown      {every.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)):,} of the tokens
+split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
+to be beaten {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
+bits per character""")
+if len(text) < SMALL and not tokenizer_from:
+    print(f"""small        too little to learn a language from, but enough to finetune a model:
+    python prepare.py --source={show(source)} --dataset={show(dataset)} \
+--tokenizer_from=out/ckpt.safetensors
+    {next_line} --init_from=out/ckpt.safetensors --out_dir=finetuned""")
+print(f'written      {show(folder)}; next: {next_line}')

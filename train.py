@@ -20,8 +20,8 @@ import time
 from contextlib import nullcontext, suppress
 
 from gpt import ACTIVATIONS, GPT, GPTConfig, Optimizer, POSITIONS, TOKENIZERS
-from gpt import PAGE, fail, generate, load, override, pick_device, read_header, save, write
-from gpt import write_page
+from gpt import PAGE, fail, generate, load, on_stop, override, pick_device, quiet, read_header
+from gpt import save, write, write_page
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -79,6 +79,7 @@ allowed = dict(
     dropout=0.99, position=POSITIONS, activation=[*ACTIVATIONS], optimizer=['muon', 'adamw'],
     beta1=0.9999, beta2=0.9999, threads=1024)
 config = override(globals(), **allowed)
+quiet(closed_pipe=signal.SIG_IGN)  # which stops nothing
 last = os.path.join(out_dir, 'last.safetensors')  # the newest state
 ckpt = os.path.join(out_dir, 'ckpt.safetensors')  # the best model
 
@@ -393,10 +394,7 @@ def schedule(progress):
 
 stopping = 0  # the number of the signal that says so
 evaluated, measuring = intervals(), 0.0  # intervals at the last evaluation; seconds of all of them
-for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # Windows has no SIGHUP
-    number = getattr(signal, name)
-    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets it ignore SIGHUP
-        signal.signal(number, on_signal)
+on_stop(on_signal)
 lock = claim() if rank == 0 else None
 if rank == 0 and not os.path.exists(PAGE):
     say(f'there is no {PAGE}, so there will be no page of this run')
