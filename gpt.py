@@ -551,6 +551,32 @@ class Optimizer:
                 w.sub_(r * max(1, n / m) ** 0.5 * X)
 
 
+def learn_pairs(model, ids, iterations, most=2**23):
+    """Begin from the bigram model: let the token table and the head learn which token follows which
+    in a text ids (N,), before any block learns anything.
+
+    All pairs at once, from their counts n: the loss is -sum over a, b of n_ab / N log p(b | a),
+    where p is the softmax of head(norm(token(a))). Of a large vocabulary the most frequent tokens
+    a are taken, so that the counts (R, V) are at most `most` numbers.
+    """
+    V = model.config.vocab_size
+    a, b = ids[:-1], ids[1:]  # (N - 1,) each
+    rows = a.bincount(minlength=V).topk(min(V, max(1, most // V))).indices  # (R,)
+    row = torch.full((V,), -1)
+    row[rows] = torch.arange(len(rows))
+    known = row[a] >= 0
+    n = (row[a] * V + b)[known].bincount(minlength=len(rows) * V).view(-1, V)  # (R, V)
+    p = n / n.sum()
+    ends = nn.ModuleDict(dict(token=model.token, head=model.head))
+    optimizer = Optimizer(ends, learning_rate=0.02, table_rate=0.2, matrix_rate=0.0)
+    for t in range(1, iterations + 1):
+        logits = model.head(model.norm(model.token.weight[rows]))  # (R, V)
+        loss = -(p * logits.log_softmax(dim=-1)).sum()
+        loss.backward()
+        optimizer.step(t, share=min(1, t / 5))
+        model.zero_grad()
+
+
 # =================================================================================================
 # What the scripts share and what isn't mathematics
 

@@ -8,6 +8,7 @@ Train a GPT on what prepare.py has written.
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
 import ctypes
+import functools
 import glob
 import itertools
 import json
@@ -20,8 +21,8 @@ import time
 from contextlib import nullcontext, suppress
 
 from gpt import ACTIVATIONS, GPT, GPTConfig, Optimizer, POSITIONS, TOKENIZERS
-from gpt import PAGE, fail, generate, load, on_stop, override, pick_device, quiet, read_header
-from gpt import save, write, write_page
+from gpt import PAGE, fail, generate, learn_pairs, load, on_stop, override, pick_device, quiet
+from gpt import read_header, save, write, write_page
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -56,6 +57,7 @@ bias = False  # biases in linear maps
 tied = False  # one table for tokens and head
 value_embeddings = True  # a table for the values of each layer
 smear = True  # a share of the token before added to each
+bigram_iters = 15  # iterations in which table and head learn the counts of pairs, 0 for none
 # the optimizer
 optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) or adamw
 learning_rate = 0.02  # of adamw
@@ -100,14 +102,6 @@ def say(text, **how):
             print(text, flush=True, **how)
     except OSError:
         sys.stdout = open(os.devnull, 'w')
-
-
-def agree(*numbers):
-    """The largest that any process has of each number."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return numbers.tolist()
 
 
 def too_large(kind, error, trace):
@@ -173,11 +167,23 @@ def blocks(ids, starts):
     return both[:, :-1].clamp(min=0).to(device), both[:, 1:].to(device)
 
 
+@functools.lru_cache(2)
+def walk(n):
+    """The n-th walk through the training part: where its blocks begin, in an order drawn anew. So
+    each token is seen once before any is seen twice."""
+    chance = torch.Generator().manual_seed(seed * 2**32 + n)
+    shift = torch.randint(min(block_size, len(train) - 1), (1,), generator=chance)
+    return torch.randperm(walk_length, generator=chance) * block_size + shift
+
+
+walk_length = max(1, (len(train) - 1) // block_size)  # blocks
+
+
 def get_batch(i):
     """Step i's blocks: those of this process, a pair (x, y) for each accumulation step."""
-    chance = torch.Generator().manual_seed(seed * 2**32 + i)
-    starts = torch.randint(max(1, len(train) - block_size),
-                           (gradient_accumulation_steps, batch_size), generator=chance)
+    each = gradient_accumulation_steps * batch_size
+    starts = [walk(b // walk_length)[b % walk_length] for b in range(i * each, (i + 1) * each)]
+    starts = torch.stack(starts).view(gradient_accumulation_steps, batch_size)
     return [blocks(train, row[rank::world]) for row in starts]
 
 
@@ -192,6 +198,7 @@ if init_from == 'scratch':
         model = GPT(GPTConfig(V, **shape))
     except AssertionError as error:
         fail(f'no such model: {error}')
+    learn_pairs(model, train[:2**22].long() & 0xffff, bigram_iters)
 elif init_from != 'resume':  # weights, tokenizer and shape from there, all else fresh
     model, tokenizer, _ = load(init_from)
     block_size = config['block_size'] = model.config.block_size
@@ -294,7 +301,7 @@ def write_some():
 
 
 def report(progress):
-    """Evaluate, print a line and what the model writes, save. Whether it could be saved."""
+    """Evaluate, print a line and what the model writes, save."""
     global evaluated, measuring
     began = time.perf_counter()
     total = evaluate(model, few_blocks[rank::world])
@@ -309,10 +316,9 @@ def report(progress):
     losses.clear()
     say(f'step {i:5}  train {train_loss:.2f}  val {val_loss:.2f}  '
         f'{val_loss * to_bits:.2f} bits/char  {time_left(progress)}\n    {log[-1][7][:76]}')
-    kept = keep(model if better else None)
+    keep(model if better else None)
     evaluated = intervals()
     measuring += time.perf_counter() - began if max_minutes else 0
-    return kept
 
 
 # -------------------------------------------------------------------------------------------------
@@ -401,11 +407,14 @@ if rank == 0 and not os.path.exists(PAGE):
 say(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
     f'{step_tokens:,} in a step; {device}' + (f'; resumed at step {i}' if i else ''))
 while True:
-    progress, now, stopping = agree(done(), due(), stopping)
+    state = torch.tensor([done(), due(), stopping], dtype=torch.float64)
+    if world > 1:  # what any process has seen, all have
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+    progress, now, stopping = state.tolist()
     if max_minutes and progress == 1 and i == 0:
         fail(f'--max_minutes={max_minutes} is over before the first step; take more')
     if (now or progress == 1) and not (log and log[-1][0] == i):
-        kept = report(progress)
+        report(progress)
     if progress == 1 or stopping:
         break
 
@@ -434,12 +443,12 @@ if world > 1:
     dist.barrier()
     dist.destroy_process_group()
 if stopping:
-    kept = keep()
-    say(f'\nstopped at step {i}{", saved" if kept else ""}; to go on: '
+    saved = ', saved' if keep() else ''
+    say(f'\nstopped at step {i}{saved}; to go on: '
         f'python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + int(stopping))
 if rank == 0:
-    best, _, about = load(ckpt)
+    best, _, _ = load(ckpt)
     loss, n = evaluate(best.to(device), every_block).tolist()
     row = min(log, key=lambda row: row[4])
     result = [*row[:2], round(clock(), 2), row[3], loss / n, loss / n * to_bits, row[6]]
