@@ -33,7 +33,7 @@ source = 'papers'  # a file, a folder with all that is in it, or an archive
 dataset = 'papers'  # the name of the data set
 data_dir = 'data'  # the folder of data sets
 tokenizer = 'bpe'  # bpe, word or char
-vocab_size = 2048  # the most tokens that are learned
+vocab_size = 3072  # the most tokens that are learned
 val_fraction = 0.1  # the share of the characters, the last ones, that is kept for validation
 tokenizer_from = ''  # a checkpoint whose tokenizer is taken instead, for finetuning it
 # -------------------------------------------------------------------------------------------------

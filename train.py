@@ -36,16 +36,16 @@ data_dir = 'data'  # the folder of data sets
 dataset = 'papers'  # the data set
 init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
 # how long
-max_iters = 1500  # steps
+max_iters = 900  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
 eval_interval = 0  # steps from one evaluation to the next, 0 for twenty in a run
 # the batch of one step
 batch_size = 8  # blocks that go through the model at once (B)
 gradient_accumulation_steps = 1  # as many times, one after the other
-block_size = 128  # tokens that the model sees at once (T)
+block_size = 256  # tokens that the model sees at once (T)
 # the model
 n_layer = 3  # blocks (L), 0 for the bigram model
-n_head = 4  # heads of self-attention (H)
+n_head = 2  # heads of self-attention (H)
 n_embd = 96  # channels (C)
 head_dim = 0  # dimension of a head (D), 0 for n_embd / n_head
 mlp_dim = 0  # width of the MLP (M), 0 for 4 n_embd
@@ -62,10 +62,10 @@ bigram_iters = 15  # iterations in which table and head learn the counts of pair
 optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) or adamw
 learning_rate = 0.02  # of adamw
 matrix_rate = 0.02  # of muon
-table_rate = 0.2  # of adamw for embeddings, if the rest has muon
+table_rate = 0.1  # of adamw for embeddings, if the rest has muon
 beta1 = 0.8  # adamw's memory of gradients
 beta2 = 0.99  # adamw's memory of their squares
-weight_decay = 0.0  # adamw's
+weight_decay = 0.2  # adamw's
 matrix_decay = 0.0  # muon's weight decay
 grad_clip = 0.0  # the largest norm of the gradient, 0 for any
 warmup_iters = 30  # steps in which the rates rise to their value
