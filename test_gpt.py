@@ -4,7 +4,6 @@ would teach it: papers, characters, batches, the bigram model, attention, the GP
 
     python -m pytest
     python test_gpt.py --torture     what takes minutes: kills, bombs, long runs
-    python test_gpt.py --speed       how much of the machine a run of train.py uses
 """
 import csv
 import doctest
@@ -40,8 +39,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from arxiv_latex_cleaner import arxiv_latex_cleaner
 from gpt import BPETokenizer, CharTokenizer, GPT, GPTConfig, WordTokenizer
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                   register_optimizer_step_pre_hook)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PAPERS = os.path.join(HERE, 'papers')
@@ -123,6 +120,24 @@ def papers(tmp_path):
     (folder / 'a.tex').write_text(corpus(1))
     (folder / 'b.tex').write_text(corpus(2))
     return folder
+
+
+@pytest.fixture(scope='session')
+def data_set(tmp_path_factory):
+    """What prepare.py makes of these papers with a vocabulary of 300, once for all tests."""
+    folder = tmp_path_factory.mktemp('prepared')
+    (folder / 'mine').mkdir()
+    (folder / 'mine' / 'a.tex').write_text(corpus(1))
+    (folder / 'mine' / 'b.tex').write_text(corpus(2))
+    subprocess.run([sys.executable, os.path.join(HERE, 'prepare.py'), '--source=mine',
+                    '--dataset=mine', '--vocab_size=300'], cwd=folder, check=True)
+    return folder / 'data'
+
+
+@pytest.fixture
+def prepared(data_set, papers, tmp_path):
+    """The papers and their data set, in data/mine."""
+    shutil.copytree(data_set, tmp_path / 'data')
 
 
 TINY = ('--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--batch_size=8',
@@ -433,9 +448,8 @@ def test_the_yardsticks_by_counting(run, papers):
         bigram=bigram / len(val_text), xz=8 * packed / len(val_text)))
 
 
-def test_a_swap_cut_short_is_put_right(run, papers):
+def test_a_swap_cut_short_is_put_right(run, prepared):
     """Killed between its two renames, or before or after them, it leaves one whole data set."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     for left, there in (('.old', True), ('.tmp', True), ('.old', False)):
         shutil.copytree('data/mine', f'data/mine{left}')
         if not there:
@@ -839,9 +853,8 @@ def test_matrices_walk_by_muons_rule():
             torch.testing.assert_close(a, c, atol=0.05, rtol=0)
 
 
-def test_a_run_needs_nothing_of_torch_optim(run, papers):
+def test_a_run_needs_nothing_of_torch_optim(run, prepared):
     """Its first object would load torch's compiler, which takes a second and more."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     code = ('import runpy, sys; sys.argv = ["train.py", *sys.argv[1:]]; '
             f'runpy.run_path({os.path.join(HERE, "train.py")!r}); '
             'assert "torch._dynamo" not in sys.modules')
@@ -902,9 +915,8 @@ def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     assert (starts % 16 == 0).all() and gaps.max() - gaps.min() <= 16
 
 
-def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, papers):
+def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, prepared):
     """Evaluations take a tenth of it at most; one that's over before a step says so."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     result = run('train.py', *TINY, '--eval_interval=0', '--max_minutes=0.02', '--warmup_iters=0')
     assert 1.2 <= result.log[-1][2] < 1.6 and result.measuring < 0.3
     rates = [row[6] / result.learning_rate for row in result.log]
@@ -913,9 +925,8 @@ def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, papers):
     assert 'take more' in run('train.py', *TINY, '--max_minutes=1e-9', code=2).err
 
 
-def test_finetuning_goes_on_from_what_was_learned(run, papers):
+def test_finetuning_goes_on_from_what_was_learned(run, papers, prepared):
     """The first loss is a trained model's; another tokenizer is refused."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     first = run('train.py', *TINY, '--max_iters=60', '--eval_interval=60')
     os.rename('out', 'base')
     (papers / 'a.tex').write_text(corpus(7))
@@ -967,9 +978,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, monkeypatch, k
     assert 'finished' in again.out
 
 
-def test_a_resumed_run_has_its_own_settings_to_its_end(run, papers):
+def test_a_resumed_run_has_its_own_settings_to_its_end(run, prepared):
     """How long and where may change; what would change its walk is refused by name."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     run('train.py', *TINY, '--learning_rate=0.03', '--eval_interval=2')
     result = run('train.py', '--init_from=resume', '--max_iters=8')
     assert result.i == 8 and result.learning_rate == 0.03 and result.eval_interval == 2
@@ -978,9 +988,8 @@ def test_a_resumed_run_has_its_own_settings_to_its_end(run, papers):
         assert name in run('train.py', '--init_from=resume', argument, code=2).err
 
 
-def test_nothing_trained_is_overwritten(run, papers):
+def test_nothing_trained_is_overwritten(run, prepared):
     """A run that is there is moved aside, and the new one's page shows it."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     first = run('train.py', *TINY)
     with open('out/ckpt.safetensors', 'rb') as file:
         before = file.read()
@@ -1012,14 +1021,12 @@ def test_a_wrong_setting_ends_with_one_line(run, script, argument, hint):
 @pytest.mark.parametrize('argument, hint', [
     ('--n_head=7', 'n_head'), ('--head_dim=7', 'even'), ('--n_embd=0', 'above 0'),
     ('--block_size=65536', '2^26')])
-def test_a_model_that_cannot_be_ends_with_one_line(run, papers, argument, hint):
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+def test_a_model_that_cannot_be_ends_with_one_line(run, prepared, argument, hint):
     how = ['--dataset=mine', '--n_embd=8192', '--n_head=1', argument]
     assert hint in run('train.py', *how, code=2).err
 
 
-def test_what_does_not_fit_into_memory_is_said_in_one_line(run, papers):
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+def test_what_does_not_fit_into_memory_is_said_in_one_line(run, prepared):
     code, out = ended(start('train.py', '--dataset=mine', '--n_embd=4000000', '--n_head=1000000'))
     assert code == 2 and out.count('\n') == 1 and '--n_embd' in out, out
 
@@ -1143,8 +1150,7 @@ def test_pages_fail_in_one_line(run, tmp_path, arguments, hint):
     assert hint in run('sample.py', *arguments, code=2).err
 
 
-def test_without_its_page_a_run_goes_on_and_says_so_once(run, papers, monkeypatch):
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+def test_without_its_page_a_run_goes_on_and_says_so_once(run, prepared, monkeypatch):
     monkeypatch.setattr(gpt, 'PAGE', 'nowhere/page.html')
     result = run('train.py', *TINY)
     assert result.out.count('nowhere/page.html') == 1 and not os.path.exists('out/run.html')
@@ -1173,17 +1179,15 @@ def full(monkeypatch, when):
     monkeypatch.setattr(os, 'fsync', failing)
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, papers, monkeypatch):
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, prepared, monkeypatch):
     """One line, and the run ends as it would have ended."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     full(monkeypatch, lambda call: call == 5)
     result = run('train.py', *TINY, '--eval_interval=1')
     assert result.err.count('No space left on device') == 1 and 'Traceback' not in result.err
     assert parsed('out/last.safetensors')[0]['step'] == 6
 
 
-def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, monkeypatch):
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, prepared, monkeypatch):
     full(monkeypatch, lambda call: os.path.exists('out/last.safetensors'))
     assert run('train.py', *TINY, code=2, lines=5).err.count('No space left') == 4
     assert parsed('out/last.safetensors')[0]['step'] == 0
@@ -1196,8 +1200,7 @@ def test_a_folder_that_vanished_is_made_again(run, papers, monkeypatch):
     assert parsed('out/last.safetensors')[0]['step'] == 6
 
 
-def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, monkeypatch):
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, prepared, monkeypatch):
     before = {path: open(path, 'rb').read() for path in glob.glob('data/mine/*')}
     full(monkeypatch, lambda call: call == 2)
     (papers / 'a.tex').write_text(corpus(9))
@@ -1206,16 +1209,14 @@ def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, monkeypatch):
 
 
 @pytest.mark.parametrize('out_dir', ['file', 'file/x', 'x' * 300, ''])
-def test_an_out_dir_that_cannot_be_is_refused(run, papers, tmp_path, out_dir):
+def test_an_out_dir_that_cannot_be_is_refused(run, prepared, tmp_path, out_dir):
     (tmp_path / 'file').write_text('x')
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     assert 'out_dir' in run('train.py', *TINY, f'--out_dir={out_dir}', code=2).err
 
 
 @pytest.mark.parametrize('interval, stop', [(1, False), (6, False), (6, True)])
-def test_a_loss_that_is_no_number_is_not_saved(run, papers, monkeypatch, interval, stop):
+def test_a_loss_that_is_no_number_is_not_saved(run, prepared, monkeypatch, interval, stop):
     """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
 
     def poison(model):
         model.token.weight.data.fill_(math.nan)
@@ -1488,22 +1489,22 @@ def test_bytes_that_are_no_text_are_printed_somehow(base, run, script, how):
     run(script, *how)
 
 
-@pytest.mark.parametrize('start', ['', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin',
-                                   'FILE:/dev/null'])
-@pytest.mark.parametrize('kind', ['char', 'word', 'bpe'])
-def test_every_prompt_is_gone_on_from(run, papers, kind, start):
-    run('prepare.py', '--source=mine', '--dataset=mine', f'--tokenizer={kind}', '--vocab_size=300')
-    run('train.py', *TINY, '--max_iters=0')
-    assert run('sample.py', '--max_new_tokens=20', f'--start={start}').out
-    for bad in ('FILE:', 'FILE:mine', 'FILE:no\nwhere'):
-        assert 'start' in run('sample.py', f'--start={bad}', code=2).err
+@pytest.mark.parametrize('kind', gpt.TOKENIZERS)
+def test_every_prompt_is_gone_on_from(run, prepared, kind):
+    """Empty, longer than the window, of unknown characters, of bytes that are no text."""
+    text = corpus(1, 50)
+    tokenizer = gpt.TOKENIZERS[kind].learn(text, 300)
+    gpt.save('ckpt.safetensors', small(vocab_size=len(tokenizer.tokens)), tokenizer)
+    for start in '', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null', '\udcff':
+        assert run('sample.py', '--out_dir=.', '--max_new_tokens=20', f'--start={start}').out
+    for bad in 'FILE:', 'FILE:mine', 'FILE:no\nwhere':
+        assert 'start' in run('sample.py', '--out_dir=.', f'--start={bad}', code=2).err
 
 
 # ------------------------------------------------------------------------------ more than one
 
-def test_two_processes_walk_the_path_of_one(run, papers, tmp_path):
+def test_two_processes_walk_the_path_of_one(run, prepared, tmp_path):
     """torchrun with two ranks: the same losses up to rounding, one set of files, exit code 0."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
     how = [*TINY, '--dropout=0', '--threads=1']
     one = run('train.py', *how, '--out_dir=one')
     code, out = ended(start('train.py', *how, '--out_dir=two', launcher=TWO))
@@ -1675,30 +1676,5 @@ def torture():
                 print(f'{function.__doc__.strip()}\n    {function()}', flush=True)
 
 
-def speed(arguments):
-    """How fast train.py learns here with these settings, beside one product of two matrices of
-    1,024 x 1,024 in the same process: python test_gpt.py --speed --max_iters=100 ..."""
-    spent = []
-    register_optimizer_step_pre_hook(lambda *_: spent.append(-time.perf_counter()))
-    register_optimizer_step_post_hook(lambda *_: spent.append(time.perf_counter()))
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ['train.py', f'--out_dir={folder}', *arguments]
-        space = runpy.run_path(os.path.join(HERE, 'train.py'))
-    a, products = torch.randn(1024, 1024), []
-    for _ in range(30):
-        began = time.perf_counter()
-        a @ a
-        products.append(time.perf_counter() - began)
-    product = 2 * 1024**3 / sorted(products)[15]
-    N = space['model'].config.n_params - sum(w.numel() for w in space['tables'])
-    flops = 6 * N * space['speed']
-    share = sum(spent) / space['i'] * space['speed'] / space['step_tokens']
-    print(f'6 x {N:,} parameters outside tables x {space["speed"]:,.0f} tokens a second = '
-          f'{flops / 1e9:.0f} GF/s, {flops / product:.0%} of the {product / 1e9:.0f} GF/s of a '
-          f'product; the optimizer takes {share:.0%} of a step')
-
-
 if __name__ == '__main__' and '--torture' in sys.argv:
     torture()
-if __name__ == '__main__' and '--speed' in sys.argv:
-    speed([argument for argument in sys.argv[1:] if argument != '--speed'])
