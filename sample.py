@@ -1,15 +1,19 @@
 """
-Text from a trained model; and two pages that show how it reads.
+Text from a trained model, as a paper too; and two pages that show how it reads.
 
     python sample.py
     python sample.py --start='\\begin{theorem}' --temperature=0.8
     python sample.py --start=FILE:prompt.tex
+    python sample.py --tex=dream.tex
     python sample.py --start='Let $X$ be' --attention=attention.html
     python sample.py --text=paper.tex --page=paper.html
 """
 import itertools
 import math
 import os
+import re
+import unicodedata
+from dataclasses import dataclass
 
 import gpt
 from gpt import UNKNOWN, fail, generate, load, override, pick_device, quiet, write_page
@@ -29,14 +33,17 @@ device = 'auto'  # auto, cpu, cuda, mps
 attention = ''  # a page to write (.html): what each head looks at in --start, what may come next
 text = ''  # a file to score, in bits per character
 page = ''  # a page to write (.html): the file of --text, shaded by surprise
+tex = ''  # a file to write (.tex): the texts as a document that compiles
 # -------------------------------------------------------------------------------------------------
 config = override(globals(), num_samples=(1, 10_000), temperature=100, top_p=1.0)
 quiet()
 if page and not text:
     fail(f'--page={page} shows a text: name its file with --text=FILE')
-for name in attention, page:
-    if name and not name.endswith('.html'):
-        fail(f'{name}: a page is a file whose name ends in .html')
+if tex and (attention or text):
+    fail(f'--tex={tex} is for what the model writes: leave out --attention and --text')
+for name, ending in (attention, '.html'), (page, '.html'), (tex, '.tex'):
+    if name and not name.endswith(ending):
+        fail(f'{name}: the name of this file has to end in {ending}')
 
 
 def contents(setting, path):
@@ -88,6 +95,270 @@ def show(path, ids, bits, likeliest, p, **more):
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
 
 
+# -------------------------------------------------------------------------------------------------
+# The dream: what was written, as a document that compiles
+
+# The words that are written as they are: of mathematics, with no, one or two arguments; of text
+ZERO = '''
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa varkappa
+    lambda mu nu xi pi varpi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega
+    Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega aleph beth ell hbar imath jmath
+    wp Re Im partial nabla infty emptyset varnothing forall exists nexists neg lnot top bot
+    angle prime square Box blacksquare Diamond lozenge bigstar star flat sharp natural clubsuit
+    complement sum prod coprod int iint iiint oint bigcup bigcap bigsqcup bigvee bigwedge
+    bigoplus bigotimes biguplus arccos arcsin arctan arg cos cosh cot coth csc deg det dim exp
+    gcd hom inf injlim ker lg lim liminf limsup ln log max min Pr projlim sec sin sinh sup tan
+    tanh cdot times div pm mp ast circ bullet oplus ominus otimes oslash odot cup cap sqcup
+    sqcap uplus vee wedge lor land setminus smallsetminus wr amalg rtimes ltimes bowtie dagger
+    le leq leqslant ge geq geqslant ll gg lesssim gtrsim lessdot gtrdot prec preceq succ succeq
+    equiv sim simeq approx approxeq cong asymp doteq propto ne neq not in ni notin owns mid
+    nmid parallel perp subset supset subseteq supseteq subsetneq supsetneq nsubseteq sqsubset
+    sqsubseteq sqsupseteq vdash dashv models vDash Vdash nvdash nvDash lhd rhd trianglelefteq
+    to gets mapsto longmapsto leftarrow rightarrow leftrightarrow Leftarrow Rightarrow
+    Leftrightarrow longleftarrow longrightarrow longleftrightarrow Longleftarrow Longrightarrow
+    Longleftrightarrow iff implies impliedby hookrightarrow hookleftarrow twoheadrightarrow
+    rightarrowtail leadsto rightsquigarrow rightharpoonup rightleftharpoons rightrightarrows
+    leftleftarrows uparrow downarrow updownarrow nearrow searrow nwarrow swarrow upharpoonright
+    langle rangle lvert rvert lVert rVert vert Vert lfloor rfloor lceil rceil lbrace rbrace
+    cdots vdots ddots dotsb dotsc dotsm dotsi colon therefore because surd bmod triangle quad
+    qquad ldots dots S
+'''.split()
+ONE = '''
+    hat widehat tilde widetilde bar vec dot ddot check breve acute grave mathring overline
+    underline overbrace underbrace sqrt mathbb mathbf mathcal mathfrak mathit mathrm mathsf
+    mathtt mathop mathrel mathbin boldsymbol operatorname pmod substack xrightarrow xleftarrow
+'''.split()
+TWO = 'frac dfrac tfrac cfrac binom tbinom dbinom overset underset stackrel'.split()
+TEXT = 'text mbox emph textbf textit texttt textsf textsc textrm textup cite ref eqref'.split()
+WORDS = {**dict.fromkeys(ZERO, 0), **dict.fromkeys(ONE, 1), **dict.fromkeys(TWO, 2)}
+SILENT = """
+    big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr limits nolimits displaystyle
+    noindent smallskip medskip bigskip newpage maketitle title author date centering bf it rm em
+    nonumber notag tag qedhere hline footnote begin end item left right middle label
+""".split()
+TABLES = '[pbvV]?matrix|smallmatrix|aligned|cases'
+KNOWN = rf'{TABLES}|equation|align\*|itemize|enumerate|proof|quote|center'
+LETTERS = 'àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœćčďěłńňőřśšűůźżž'
+LETTERS += LETTERS.upper() + '‘’“”–—'  # those outside ASCII that every LaTeX has
+DEEP, LONG = 10, 2000  # how much is open at a time, and for how many tokens, at most
+LISTS = '\\end{itemize}', '\\end{enumerate}'
+PARAGRAPH = '\n\\par\n'
+
+PREAMBLE = r"""\documentclass{amsart}
+\usepackage[utf8]{inputenc}
+\usepackage{amssymb}
+\allowdisplaybreaks
+\renewenvironment{cases}{\left\{\begin{array}{*{10}l}}{\end{array}\right.}
+\renewcommand\mathaccentV[4]{\mathaccent"#2#3#4 }
+\let\boldsymbol\mathbf
+\renewcommand\addcontentsline[3]{}
+\renewcommand\ref[1]{\textsf{#1}}
+\renewcommand\eqref[1]{(\textsf{#1})}
+\renewcommand\cite[1]{[\textsf{#1}]}
+\newtheorem{my}{}[section]
+\title{A dream}
+\author{Wolfgang-GPT}
+\date{\today}"""
+
+SPELLINGS = {  # what can be written in several ways, and the one way that is read below
+    r'\\end\{document\}(?s:.*)|\\begin\{document\}|\\label\{[^{}]*\}|\\(?=\s)': ' ',
+    r'\\[()]': '$',
+    r'\$\$([^$]*)\$\$': r'\\[\1\\]',
+    r'\\par(?![A-Za-z])': '\n\n',
+    r'\s*\n\s*\n\s*': '\n\n',
+    r'(begin|end)\{(?:equation\*|displaymath)\}': r'\1{equation}',
+    r'(begin|end)\{(?:align|gather|multline|eqnarray|flalign)\*?\}': r'\1{align*}',
+    r'\\begin\{align\*\}': r'\g<0>\\,',
+    r'(begin|end)\{(?:split|gathered)\}': r'\1{aligned}',
+    r'(begin|end)\{description\}': r'\1{itemize}',
+    r'(begin|end)\{array\}(\{[^{}]*\})?': r'\1{matrix}',
+    r'(begin\{(?:itemize|enumerate)\})(?:\s*\[[^][]*\])?(?:\s*\\item(?![A-Za-z]))?': r'\1\\item ',
+    rf'(begin|end)\{{(?!(?:{KNOWN})\}})([A-Za-z]+)\*?\}}': r'\1{my\2}',
+    r'frac\s*(\d)\s*(\d)': r'frac{\1}{\2}',
+    rf'((?:[_^]|\\(?:{"|".join(ONE)})(?![A-Za-z])))\s*(#\d|[A-Za-z0-9*]|\\[A-Za-z]+(?:\{{[^{{}}]*\}})?)': r'\1{\2}',
+}
+FENCE = r'''(?: [][()/|.<>] | \\[{}|] | \\[lr](?:angle|floor|ceil|vert|Vert)(?![A-Za-z]) )'''
+MACRO = re.compile(r"""(?xs)
+    \\(?:(?:re)?newcommand|(?P<operator>DeclareMathOperator))\*? \s* \{?\\(?P<name>[A-Za-z]+)\}? \s*
+    (?:\[(?P<n>[12])\])? \s* \{(?P<body>.*)\} \s*
+""")
+TOKEN = re.compile(rf"""(?xs)
+    (?P<blank>    \n\n )
+  | (?P<space>    [\s~]+ )
+  | (?P<display>  \\\[ | \\begin\{{(?:equation|align\*)\}} )
+  | (?P<table>    \\begin\{{(?:{TABLES})\}} )
+  | (?P<block>    \\begin\{{(?P<begun>[a-zA-Z]+)\}} (?:\[[\w .,:()-]*\])? )
+  | (?P<end>      \\end\{{[A-Za-z]+\*?\}} | \\\] | \}} )
+  | (?P<heading>  \\(?:part|(?:sub)*section|paragraph)(?![A-Za-z])\*? )
+  | (?P<item>     \\item(?![A-Za-z]) (?:\s*\[[\w .,:()-]*\])? )
+  | (?P<left>     \\left(?![A-Za-z]) \s* {FENCE} )
+  | (?P<right>    \\right(?![A-Za-z]) \s* {FENCE} )
+  | (?P<row>      \\\\ (?:\*?\s*\[[^][{{}}]*\])? )
+  | (?P<symbol>   \\[{{}}%#&_$,;:!] )
+  | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
+  | (?P<word>     \\(?P<name>[A-Za-z]{{1,40}}) )
+  | (?P<script>   [_^] )
+  | (?P<other>    '+ | [A-Za-z0-9]{{1,40}} | . )
+""")
+
+
+@dataclass
+class Open:
+    """What is open: the document, a list, a formula, a brace, an argument that is yet to come."""
+    closer: str  # what ends it; {} is the argument
+    math: bool = False  # whether mathematics stands in it, or text
+    after: str = ''  # what is written after its end
+    table: bool = False  # whether & and \\\\ may stand in it,
+    cells: int = 0  # and how many & this row has
+    scripts: str = '^_'  # those that can't come next: two of a kind are an error
+
+
+def mend(text, macros):
+    """LaTeX that compiles, as near to a text as it gets.
+
+    What is open is closed where its surroundings end; what closes nothing goes. An argument that
+    is missing is empty. Mathematics in a text brings its own dollars. A word that isn't known to
+    be harmless, or the author's, shows its name.
+    """
+    words = {**WORDS, **macros}
+    text = re.sub(f'[^ -~\\n\\t{LETTERS}]', '?', unicodedata.normalize('NFKC', text))
+    for ways, way in SPELLINGS.items():
+        text = re.sub(ways, way, text)
+    out, opened = [], [Open('\\end{document}')]
+
+    def push(written, *what):
+        out.append(written)
+        opened.append(Open(*what))
+
+    def close(place):
+        while len(opened) > place:
+            thing = opened.pop()
+            out.append(thing.closer + thing.after)
+
+    def last(*closers):
+        """The place of the innermost that ends so; beyond all if there is none."""
+        return max((i for i, thing in enumerate(opened) if thing.closer in closers),
+                   default=len(opened))
+
+    def end_paragraph():
+        while opened[-1].math or not opened[-1].closer.startswith('\\end'):
+            close(len(opened) - 1)
+        out.append('\n')
+
+    for n, token in enumerate(TOKEN.finditer(text), 1):
+        kind, written, name = token.lastgroup, token[0], token['name']
+        while opened[-1].closer == '{}' and kind != 'space' and written != '{':
+            close(len(opened) - 1)
+        if kind in ('blank', 'heading', 'item', 'block', 'display'):
+            end_paragraph()
+        if len(opened) > DEEP or n % LONG == 0:
+            end_paragraph()
+        top = opened[-1]
+        dollar = '' if top.math else '$'
+        scripts, top.scripts, size = top.scripts, '', len(out)
+
+        if kind == 'blank':
+            out.append(PARAGRAPH)
+        elif kind == 'space':
+            out.append('\n' if '\n' in written else ' ')
+        elif kind == 'heading':
+            close(1)
+            push(PARAGRAPH + written, '{}')
+        elif kind == 'block':
+            if len(opened) > 4:
+                close(1)
+            push(written + '{}', f'\\end{{{token["begun"]}}}', False, '\n')
+        elif kind == 'item':
+            close(last(*LISTS) + 1)
+            if opened[-1].closer in LISTS:
+                out.append(written + '{}')
+
+        elif written == '\\[':
+            push(written, '\\]', True)
+        elif kind == 'display':
+            push(written, written.replace('begin', 'end'), True, '', 'align' in written)
+        elif kind == 'table':
+            push(dollar + written + '{}', written.replace('begin', 'end'), True, dollar, True)
+        elif kind == 'left':
+            push(dollar + written + ' ', '\\right.', True, dollar)
+        elif kind == 'right':
+            close(last('\\right.') + 1)
+            if opened[-1].closer == '\\right.':
+                out.append(f'{written} {opened.pop().after}')
+        elif kind == 'end' or written == '$' and top.math:
+            close(last(written))
+        elif written == '$':
+            push('$', '$', True)
+        elif written == '{' and top.closer == '{}':  # the argument begins
+            out.append('{')
+            top.closer = '}'
+        elif written == '{':
+            push('{', '}', top.math)
+
+        elif kind == 'script':
+            out.append(('{}' if written in scripts else '') + dollar + written)
+            top.scripts = written + ('' if written in scripts else scripts)
+            opened.append(Open('{}', True, dollar))
+        elif written[0] == "'" and top.math:
+            out.append('{}' + written)
+            top.scripts = '^'
+        elif kind == 'row':
+            out.append('\\\\{}\n' if top.table else ' ')
+            top.cells = 0
+        elif written == '&' and top.table and top.cells < 9:
+            out.append('&')
+            top.cells += 1
+        elif kind == 'letter' and top.math:
+            out.append(f'\\text{{{written}}}')
+        elif name in TEXT:
+            push('\\text{' * top.math + written, '{}', False, '}' * top.math)
+        elif name in words:
+            out.append(f'{dollar}\\{"my" * (name in macros)}{name} ')
+            top.scripts = '^_' * (name in macros)
+            ends = [dollar] + [''] * (words[name] - 1)
+            if words[name]:
+                opened += [Open('{}', True, end) for end in ends]
+            else:
+                out.append(dollar)
+        elif kind == 'word':
+            out.append('' if name in SILENT else f'\\textsf{{{name}}}')
+        elif written in '&#%':
+            out.append('\\' + written)
+        elif written != '\\':
+            out.append(written)
+        if not ''.join(out[size:]).strip():  # nothing came
+            top.scripts = scripts
+    close(1)
+    text = re.sub(r'\n\s+', '\n', ''.join(out))
+    return re.sub(r'\$(?=\$)', '$ ', text).replace(PARAGRAPH[1:], '\n')
+
+
+def document(texts):
+    """A paper of these texts; before them the author's macros of mathematics, mended, under names
+    that are not LaTeX's. A macro may use those before it."""
+    macros, lines = {}, [PREAMBLE]
+    for match in filter(None, map(MACRO.fullmatch, saved.get('macros', []))):
+        name, n, body = match['name'], match['n'] or '0', match['body']
+        if match['operator']:
+            body = f'\\operatorname{{{body}}}'
+        body = mend(f'${body}$', macros).replace('\\#', '#')
+        wrong = re.search(rf'\\({"|".join(TEXT)})\{{[^}}]*#|.\$.|\n|#[^{"12"[:int(n)]}\n]', body)
+        if not wrong:
+            macros[name] = int(n)
+            lines.append(f'\\newcommand\\my{name}[{n}]{{{body.strip("$")}}}')
+    for i, text in enumerate(texts):
+        if len(texts) > 1 and not text.startswith('\\section'):
+            text = f'\\section{{Text {i + 1}}}\n{text}'
+        texts[i] = mend(text, macros)
+    body = '\n\n'.join(texts)
+    for name in sorted(set(re.findall(r'\\begin\{my(.*?)\}', body))):
+        lines.append(f'\\newtheorem{{my{name}}}[my]{{{name.capitalize()}}}')
+    return '\n'.join([*lines, '\\begin{document}', '\\maketitle', body, '\\end{document}', ''])
+
+
+# -------------------------------------------------------------------------------------------------
+# What was asked for
+
 if attention:
     layers = []  # of each the weights, (H, T, T)
 
@@ -120,8 +391,17 @@ else:
     chance = torch.Generator(device).manual_seed(seed)
     columns = generate(model, idx, max_new_tokens, temperature=temperature, top_k=top_k,
                        top_p=top_p, generator=chance)
+    texts = []
     for n, copy in enumerate(itertools.tee(columns, num_samples)):  # the first text as it comes
         print('\n' + '-' * 80 + '\n' if n else '', start, sep='', end='')
+        texts.append(start)
         for piece in tokenizer.stream(int(column[n]) for column in copy):
             print(piece, end='', flush=True)
+            texts[n] += piece
     print()
+    if tex:
+        try:
+            gpt.write(tex, document(texts).encode())
+        except OSError as error:
+            fail(f'{tex}: {error}')
+        print(f'written {tex}; to see it: pdflatex -interaction=nonstopmode {tex}, or Overleaf')

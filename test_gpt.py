@@ -520,6 +520,20 @@ def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
     assert result.log[-1][4] < result.log[0][4]
 
 
+def test_a_walk_meets_each_block_once(run, papers):
+    """In another order each time; and the batches are what it meets."""
+    run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
+    result = run('train.py', *TINY, '--max_iters=0')
+    walks = [result.walk(n) for n in range(2)]
+    for walk in walks:
+        assert (walk.sort().values.diff() == 16).all() and 0 <= walk.min() < 16
+        assert len(result.train) - 48 < walk.max() + 16 < len(result.train)
+    assert not torch.equal(walks[0].argsort(), walks[1].argsort())
+    met = torch.cat([result.get_batch(i)[0][0][:, 0] for i in range(len(walks[0]) // 8 + 1)])
+    places = torch.cat(walks)[:len(met)]
+    assert torch.equal(met, result.train[places].long() & 0xffff)
+
+
 # ------------------------------------------------------------------------------ the bigram model
 
 def test_a_table_of_unit_normals_starts_half_a_nat_above_ln_V():
@@ -545,6 +559,32 @@ def test_the_bigram_model_reaches_the_entropy_of_its_corpus(run, papers):
     table = result.model(torch.arange(result.V)[:, None])[:, 0]  # (V, V): what follows each token
     loss = F.cross_entropy(table[ids[:-1]], ids[1:])
     assert entropy < loss < 1.01 * entropy and result.log[-1][4] < 1.05 * entropy
+
+
+def test_all_pairs_at_once_are_the_bigram_model(monkeypatch):
+    """The first gradient is that of the mean loss over the text, pair by pair; the end is what
+    counting gives; and where only the most frequent tokens are taken, they come first."""
+    torch.manual_seed(0)
+    ids = torch.randint(7, (5000,)) * torch.randint(2, (5000,)) + torch.arange(5000) % 3
+    model, seen = GPT(GPTConfig(10, n_layer=0, n_embd=16, n_head=1)), []
+    F.cross_entropy(model(ids[:-1, None])[:, 0], ids[1:]).backward()
+    expected = [w.grad.clone() for w in model.parameters()]
+    model.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt.Optimizer, 'step', lambda self, *_, **__: seen.extend(
+            w.grad.clone() for w in self.model.parameters()))
+        gpt.learn_pairs(model, ids, 1)
+    torch.testing.assert_close(seen, expected)
+    gpt.learn_pairs(model, ids, 300)
+    pairs, first = Counter(zip(ids.tolist(), ids[1:].tolist())), Counter(ids[:-1].tolist())
+    entropy = -sum(n * math.log(n / first[a]) for (a, _), n in pairs.items()) / (len(ids) - 1)
+    loss = F.cross_entropy(model(ids[:-1, None])[:, 0], ids[1:]).item()
+    assert entropy < loss < 1.01 * entropy
+    before = model.token.weight.detach().clone()
+    gpt.learn_pairs(model, ids, 1, most=20)  # two rows
+    changed = (model.token.weight != before).any(dim=1)
+    assert sorted(changed.nonzero().flatten().tolist()) == sorted(
+        a for a, _ in Counter(ids[:-1].tolist()).most_common(2))
 
 
 # ------------------------------------------------------------------------------ attention
@@ -1232,6 +1272,48 @@ def test_without_its_page_a_run_goes_on_and_says_so_once(run, papers, monkeypatc
     result = run('train.py', *TINY)
     assert result.out.count('nowhere/page.html') == 1 and not os.path.exists('out/run.html')
     assert 'nowhere/page.html' in run('sample.py', '--attention=a.html', code=2).err
+
+
+FATAL = [  # each ends pdflatex without a PDF, or hangs it, if it is written as it stands
+    '{' * 9000, '$' * 999, '\\begin{itemize}\\item ' * 50, '\\input{nowhere}', '\\frac', '\\left(',
+    '\\begin{align} a & b', '\\end{theorem} \\begin{theorem}[x', '\\csname x', '\\verb|x', '#1 ^^M',
+    '\\newcommand{\\x}{\\x}\\x', '$\\text{$x' + '^2_3' * 200, '\\halign{#&#\\cr} \\read \\write18{x}',
+    '\\end{document} \\usepackage{x}', '\\section{$x \\begin{lemma} \\[ \\item', '% \0 \u2028 \U0001d538']
+
+
+@pytest.mark.parametrize('text', FATAL)
+def test_a_dream_is_balanced_and_has_only_harmless_words(run, tmp_path, text):
+    """Braces, dollars, environments and fences, counted; and nothing that reads, writes or
+    defines."""
+    checkpoint('ab\n' + gpt.UNKNOWN)
+    sample = run('sample.py', '--start=' + text.replace('\0', ''), '--max_new_tokens=1',
+                 '--tex=dream.tex')
+    assert 'pdflatex' in sample.out and os.path.exists('dream.tex')
+    for doc in (sample.mend(text, {}), sample.mend(f'{text}\n\na {text} $b$ {text}', {})):
+        bare = re.sub(r'\\[\\{}$%#&_]', '', doc)
+        assert bare.count('{') == bare.count('}') and bare.count('$') % 2 == 0
+        assert len(re.findall(r'\\left\b', doc)) == len(re.findall(r'\\right\b', doc))
+        opened = []
+        for what, name in re.findall(r'\\(begin|end)\{(.*?)\}', doc):
+            opened.append(name) if what == 'begin' else None
+            assert what == 'begin' or opened.pop() == name
+        assert not opened and not re.search('[#%^]\\^|[^\\\\][#%]', doc)
+        harmless = {*sample.WORDS, *sample.TEXT, 'begin', 'end', 'item', 'section', 'par', 'left',
+                    'right'}
+        assert set(re.findall(r'\\([A-Za-z]+)', doc)) <= harmless
+
+
+def test_macros_of_the_papers_come_with_the_dream(run, papers):
+    """Under names that are not LaTeX's; none that names itself, or more than it has."""
+    (papers / 'a.tex').write_text(r'\newcommand{\R}{\mathbb{R}}\newcommand{\input}[1]{[#1]}'
+                                  r'\newcommand{\z}{\zz #3}' + corpus(1))
+    run('prepare.py', '--source=mine', '--dataset=mine', '--vocab_size=300')
+    run('train.py', *TINY, '--max_iters=1')
+    assert run('sample.py', r'--start=$\R$ $\input{x}$', '--max_new_tokens=1', '--tex=d.tex').out
+    with open('d.tex') as file:
+        doc = file.read()
+    assert r'\newcommand\myR[0]{' in doc and r'\myR ' in doc and r'\myinput' in doc
+    assert r'\input' not in doc.replace(r'\inputenc', '') and r'\myz' not in doc
 
 
 # ------------------------------------------------------------------------------ nothing lost

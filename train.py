@@ -172,11 +172,12 @@ def walk(n):
     """The n-th walk through the training part: where its blocks begin, in an order drawn anew. So
     each token is seen once before any is seen twice."""
     chance = torch.Generator().manual_seed(seed * 2**32 + n)
-    shift = torch.randint(min(block_size, len(train) - 1), (1,), generator=chance)
+    most = min(block_size, max(1, len(train) - walk_length * block_size))
+    shift = torch.randint(most, (1,), generator=chance)
     return torch.randperm(walk_length, generator=chance) * block_size + shift
 
 
-walk_length = max(1, (len(train) - 1) // block_size)  # blocks
+walk_length = max(1, (len(train) - 1) // block_size - 1)  # blocks; one is left for the shift
 
 
 def get_batch(i):
