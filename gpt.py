@@ -552,8 +552,8 @@ class Optimizer:
 
 
 def learn_pairs(model, ids, iterations, most=2**23):
-    """Begin from the bigram model: let the token table and the head learn which token follows which
-    in a text ids (N,), before any block learns anything.
+    """Begin from the bigram model: before any block learns anything, the token table and the head
+    learn which token follows which in a text ids (N,).
 
     All pairs at once, from their counts n: the loss is -sum over a, b of n_ab / N log p(b | a),
     where p is the softmax of head(norm(token(a))). Of a large vocabulary the most frequent tokens

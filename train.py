@@ -343,9 +343,9 @@ def keep(best=None, result=None):
         write(os.path.join(out_dir, 'log.csv'),
               ''.join(','.join(map(str, row[:7])) + '\n' for row in rows).encode())
         if os.path.exists(PAGE):
-            write_page(os.path.join(out_dir, 'run.html'), kind='run', title=f'The run in {out_dir}',
-                       running=not (result or stopping), yardsticks=yardsticks, rows=log,
-                       result=result, aside=aside())
+            write_page(os.path.join(out_dir, 'run.html'), kind='run', result=result, rows=log,
+                       title=f'The run in {out_dir}', running=not (result or stopping),
+                       yardsticks=yardsticks, aside=aside())
         return True
     except OSError as error:
         say(f'not saved ({error.filename or out_dir}: {error.strerror}); what was saved before is '
