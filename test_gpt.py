@@ -5,7 +5,6 @@ would teach it: papers, characters, batches, the bigram model, attention, the GP
     python -m pytest
     python test_gpt.py --torture     what takes minutes: kills, bombs, long runs
 """
-import csv
 import doctest
 import gc
 import glob
@@ -285,37 +284,28 @@ def test_archives_give_what_the_folder_gives(run, kind, name):
 
 
 def test_a_bad_file_costs_one_file(run, papers):
-    """And its place in the summary says why; the source is never written to."""
-    files = {'cleaned crashed.tex': corpus(3).encode() + bytes(999),
-             'stripped deep.tex': b'\\ifx' * 5000 + b'\\fi' * 5000 + b' the text stays\n',
-             'skipped binary.tex': bytes(range(256)) * 20, 'skipped empty.tex': b'',
-             'skipped cut.tar.gz': gzip.compress(b'x' * 9000)[:20]}
-    for name, data in files.items():
-        (papers / name).write_bytes(data)
-    before = {path: path.read_bytes() for path in papers.iterdir()}
-    result = run(*PREPARE)
-    assert {path: path.read_bytes() for path in papers.iterdir()} == before
-    status = {os.path.basename(row['path']): row['status'] for row in result.sources}
-    assert all(status[name] == name.split()[0] for name in files) and len(status) == 7
-    assert 'the text stays' in result.text and 'binary.tex (binary, not LaTeX)' in result.out
-
-
-def test_nothing_is_passed_over_without_a_word(run, papers):
-    """What gave nothing is named, what nobody expects to is counted, and what is only called
-    .tex is skipped."""
-    junk = {'HTML': ' <html lang="en">', 'RTF': '{\\rtf1', 'PDF': '%PDF-1.5',
-            'PostScript': '%!PS-Adobe-3.0', 'git_lfs': 'version https://git-lfs.github.com/spec/v1'}
-    for kind, text in junk.items():
-        (papers / f'{kind}.tex').write_text(text + '\njunk')
-    for name in '2101.00002', 'no.zip', 'no.TGZ', 'notes.txt', 'x.png', 'y.PNG':
-        (papers / name).write_text('no paper')
+    """Its place in the summary says why; what nobody expects to be a paper is counted. The source
+    is never written to."""
+    files = {'deep.tex': '\\ifx' * 5000 + '\\fi' * 5000 + ' the text stays\n',
+             'crashed.tex': corpus(3) + '\0' * 999, 'binary.tex': 'x\0' * 999, 'empty.tex': '',
+             'HTML.tex': ' <html lang="en">', 'RTF.tex': '{\\rtf1', 'PDF.tex': '%PDF-1.5',
+             'PostScript.tex': '%!PS-Adobe-3.0', 'git_lfs.tex': 'version https://git-lfs.com',
+             '2101.00002': 'x', 'no.zip': 'x', 'no.TGZ': 'x', 'a.txt': 'x', 'x.png': '', 'y.PNG': ''}
+    for name, text in files.items():
+        (papers / name).write_text(text)
     (papers / 'cafe.tex').write_bytes(b'caf\xe9')
+    (papers / 'cut.tar.gz').write_bytes(gzip.compress(b'x' * 9000)[:20])
+    before = {path: path.read_bytes() for path in papers.iterdir()}
     os.symlink('..', papers / 'link')
     result = run(*PREPARE)
-    for said in ('/2101.00002 (no', '/no.zip (no', '/no.TGZ (no', '/link (a link', '9 skipped',
-                 'not LaTeX: 2 .png, 1 .txt', '1 in cp1252', *(f'({kind}, not' for kind in junk)):
+    assert before == {path: path.read_bytes() for path in papers.iterdir() if path.is_file()}
+    for said in ('skipped: mine/empty.tex', 'skipped: mine/cut.tar.gz', 'skipped: mine/link (a link',
+                 '/2101.00002 (no', '/no.zip (no', '/no.TGZ (no', 'stripped: mine/deep.tex',
+                 '5 files, 12 skipped', 'not LaTeX: 2 .png, 1 .txt', '4 in utf-8, 1 in cp1252'):
         assert said in result.out
-    assert 'junk' not in result.text
+    for kind in 'binary', 'HTML', 'RTF', 'PDF', 'PostScript', 'git_lfs':
+        assert f'skipped: mine/{kind}.tex ({kind}, not LaTeX)' in result.out
+    assert 'the text stays' in result.text and 'html' not in result.text
 
 
 def test_nothing_is_written_where_an_archive_says(run, papers):
@@ -357,12 +347,6 @@ def test_what_is_not_known_becomes_the_unknown_token(kind):
     tokenizer = kind.learn('abc def')
     assert tokenizer.decode(tokenizer.encode('abc\u00fc')) in ('abc\ufffd', '\ufffd')
     assert len(kind.learn(PAPER, 20).tokens) == 20
-
-
-def test_one_hot_vectors_and_the_embedding():
-    """To look up a row is to multiply by a one-hot vector."""
-    ids, embedding = torch.tensor([7, 4, 10, 10, 0]), small().token
-    assert_close(F.one_hot(ids, 11).float() @ embedding.weight, embedding(ids))
 
 
 def test_bpe_merges_the_most_frequent_pair_as_counted():
@@ -537,23 +521,15 @@ def test_averaging_the_past_in_four_ways():
     assert_close(gpt.attention(zero, zero, x, is_causal=True), loop)
 
 
-def test_queries_and_keys_make_the_weights_depend_on_the_data():
-    """A key that fits draws the average to its value."""
-    q = k = torch.diag(torch.tensor([9., 9., 9.]))
-    values = torch.tensor([[1.], [2.], [3.]])
-    assert_close(gpt.attention(q, k.flip(0), values), values.flip(0))
-
-
 def test_why_scores_are_divided_by_the_root_of_d_k():
     """Otherwise they have variance d_k, and a softmax of large numbers is a maximum."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1000, 64)
     assert (q @ k.T).var().item() == pytest.approx(64, rel=0.05)
-    scores = gpt.attention_weights(q, k).log()  # up to a constant in each row
-    assert scores.var(-1).mean().item() == pytest.approx(1, rel=0.05)
-    z = torch.tensor([0.1, -0.2, 0.3, -0.2, 0.5])
-    assert z.softmax(0).max().item() == pytest.approx(0.2872, abs=1e-4)
-    assert (8 * z).softmax(0).max().item() == pytest.approx(0.8, abs=1e-4)
+    weights = gpt.attention_weights(q, k)  # whose logarithms are the scores, up to a constant
+    assert weights.log().var(-1).mean().item() == pytest.approx(1, rel=0.05)
+    assert (q @ k.T).softmax(-1).amax(-1).mean() > 0.5
+    assert weights.amax(-1).mean() < 0.05
 
 
 @pytest.mark.parametrize('mask', [
@@ -610,15 +586,6 @@ def test_rotary_positions_are_relative():
     scores = q @ k.T
     assert_close(scores[1:, 1:], scores[:-1, :-1], atol=1e-4, rtol=0)
     assert abs(scores[5, 2] - scores[6, 2]) > 1e-3
-
-
-def test_layer_normalization_is_of_rows():
-    """Mean 0 and deviation 1 along a row, not along a column."""
-    y = GPT(GPTConfig(11)).norm(3 * torch.randn(32, 128) + 5)
-    for dim in 0, 1:
-        rows = torch.std_mean(y, dim, correction=0)
-        right = [torch.ones_like(rows[0]), torch.zeros_like(rows[0])]
-        assert all(map(torch.allclose, rows, right, [1e-4] * 2, [1e-4] * 2)) == (dim == 1)
 
 
 # ------------------------------------------------------------------------------ the GPT
@@ -695,14 +662,11 @@ def test_a_batch_is_learned_by_heart(activation):
     assert loss.item() < 0.05
 
 
-def test_every_setting_of_the_model_is_read():
+def test_every_activation_is_another():
     """There are notebooks in which the activation is a setting that nothing reads."""
-    idx = torch.randint(11, (2, 16))
-    plain = small()(idx)
-    for changes in dict(activation='relu'), dict(activation='gelu'), dict(position='none'):
-        assert not torch.allclose(small(**changes)(idx), plain)
-    tied = small(tied=True)
-    assert tied.head.weight is tied.token.weight
+    idx = torch.arange(11)[None]
+    logits = [small(activation=name)(idx) for name in gpt.ACTIVATIONS]
+    assert not any(map(torch.allclose, logits, logits[1:] + logits[:1]))
 
 
 # ------------------------------------------------------------------------------ generation
@@ -723,15 +687,13 @@ def test_cached_generation_is_recomputation(changes):
 
 def test_a_cache_that_holds_tokens_takes_one_more_at_a_time():
     """Several at once would see each other's future; too many have no place."""
-    model, cache, idx = small(), gpt.Cache(), torch.tensor([[1, 2, 3, 4]])
-    whole = model(idx)
-    model(idx[:, :2], cache)
+    model, cache = small(), gpt.Cache()
+    two, many = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 17, dtype=torch.long)
+    model(two, cache)
     with pytest.raises(AssertionError, match='one more at a time'):
-        model(idx[:, 2:], cache)
-    for t in 2, 3:
-        assert_close(model(idx[:, t:t + 1], cache)[:, 0], whole[:, t])
+        model(two, cache)
     with pytest.raises(AssertionError, match='block_size=16'):
-        model(torch.zeros(1, 17, dtype=torch.long))
+        model(many)
 
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -753,17 +715,23 @@ def test_sampling_follows_the_probabilities(how, right):
 
 # ------------------------------------------------------------------------------ the optimizer
 
+def by_svd(G, steps):
+    """U f(S) V^T, f being so many steps of the polynomial; and f(S)."""
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    s = S / S.norm(dim=-1, keepdim=True)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return U @ torch.diag_embed(s) @ Vh, s[S > 0.01 * S.norm()]
+
+
 @pytest.mark.parametrize('n, m', [(32, 32), (16, 64), (64, 16)])
 def test_newton_schulz_goes_to_the_polar_factor(n, m):
     """Singular vectors stay, singular values come near 1: compared with the SVD."""
     torch.manual_seed(0)
     G = torch.randn(3, n, m)
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    inner = U.mT @ gpt.orthogonalize(G, steps=5) @ Vh.mT
-    values = inner.diagonal(dim1=-2, dim2=-1)
-    assert_close(inner, torch.diag_embed(values), atol=1e-3, rtol=0)  # the same singular vectors
-    large = S / S.norm(dim=-1, keepdim=True) > 0.01
-    assert (values[large] > 0.6).all() and (values < 1.3).all()
+    right, values = by_svd(G, steps=5)
+    assert_close(gpt.orthogonalize(G, steps=5), right, atol=1e-4, rtol=0)
+    assert (values > 0.6).all() and (values < 1.3).all()
 
 
 def walk(optimizer, steps, other):
@@ -815,11 +783,7 @@ def test_matrices_walk_by_muons_rule():
         for a, w, mean, b in zip(ours, plain, means, theirs):
             b.grad, (n, m) = a.grad, w.shape
             mean += 0.1 * (a.grad - mean)
-            X = 0.9 * mean + 0.1 * a.grad
-            X = X / X.norm()
-            for _ in range(3):
-                A = X @ X.T
-                X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+            X, _ = by_svd(0.9 * mean + 0.1 * a.grad, steps=3)
             w -= 0.02 * (0.1 * w + max(1, n / m) ** 0.5 * X)
         if torchs:
             torchs.step()
@@ -865,14 +829,14 @@ def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers
     for x, y in zip(ids[:-1].split(16), ids[1:].split(16)):
         nats += F.cross_entropy(model.eval()(x[None])[0], y, reduction='sum').item()
     nats_a_character = nats / (len(ids) - 1) * len(ids) / result.meta['val']['characters']
-    bits = pytest.approx(nats_a_character / math.log(2), rel=1e-4)
-    assert saved['step'] == step and saved['val_bpc'] == bits
-    said = re.search(r'best of step (\d+), on the whole validation part: (.*) bits', result.out)
-    assert int(said[1]) == step and said[2] == f'{saved["val_bpc"]:.3f}'
-    *rows, last = csv.DictReader(Path('out/log.csv').read_text().splitlines())
-    assert float(last['val_bpc']) == saved['val_bpc'] and int(last['step']) == step
-    assert [row['step'] for row in rows] == ['0', '10', '20', '30', '40']
-    assert numbers('out/run.html')['result'][5] == saved['val_bpc']
+    bits = saved['val_bpc']
+    assert bits == pytest.approx(nats_a_character / math.log(2), rel=1e-4)
+    assert saved['step'] == step
+    assert f'best of step {step}, on the whole validation part: {bits:.3f}' in result.out
+    rows = [row.split(',') for row in Path('out/log.csv').read_text().split()]
+    assert [row[0] for row in rows] == ['step', '0', '10', '20', '30', '40', str(step)]
+    assert rows[0][5] == 'val_bpc' and float(rows[-1][5]) == bits
+    assert numbers('out/run.html')['result'][5] == bits
 
 
 def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
@@ -1067,17 +1031,14 @@ def test_numbers_in_the_papers_are_the_programs():
     def default(V=2048, n_layer=3, n_embd=96, **changes):
         return GPTConfig(V, n_layer=n_layer, n_embd=n_embd, **changes).n_params
 
-    original, start = GPT(GPTConfig(**ORIGINAL)), math.log(99)
-    N, tables = count(original), count(original, 'token') + count(original, 'place')
-    vectors = count(original) - sum(w.numel() for w in original.parameters() if w.dim() == 2)
-    plain = dict(value_embeddings=False, smear=False)
+    original, ln_V = GPT(GPTConfig(**ORIGINAL)), math.log(99)
+    N, plain = count(original), dict(value_embeddings=False, smear=False)
     values = torch.linalg.svdvals(gpt.orthogonalize(torch.tensor([[3., 0.], [4., 5.]])))
     papers = in_papers()
     for paper, fragment, *right in [
             ('generalization', '6{,}917{,}216', 32 * N),
             ('scaling', '216{,}163', N),
             ('scaling', '1{,}296{,}978', 6 * N),
-            ('scaling', r'N_{\mathrm{mat}}=202{,}944', N - tables - vectors),
             ('scaling', '1{,}314{,}912', default()),
             ('scaling', '589{,}824', default() - default(value_embeddings=False)),
             ('scaling', '1{,}042{,}432', default(2000, 4, 128, tied=True, **plain)),
@@ -1085,8 +1046,8 @@ def test_numbers_in_the_papers_are_the_programs():
             ('vectors', '6{,}336', count(original, 'token')),
             ('vectors', '6{,}435', count(original, 'head')),
             ('positions', '$4096$', count(original, 'place')),
-            ('residual', '4.60779', start + 64 * 0.02**2 / 2 * (1 - 1 / 99)),
-            ('markov', 'between $4.595$ and $4.608$', start, start + 64 * 0.02**2 / 2),
+            ('residual', '4.60779', ln_V + 64 * 0.02**2 / 2 * (1 - 1 / 99)),
+            ('markov', 'between $4.595$ and $4.608$', ln_V, ln_V + 64 * 0.02**2 / 2),
             ('compression', '$864{,}652$', 4 * N),
             ('muon', '$0.6819$ and $1.0414$ after three steps', *sorted(values.tolist()))]:
         assert fragment in ' '.join(papers[paper].split()), fragment
@@ -1471,8 +1432,7 @@ def whole(folder):
     for path in glob.glob(f'{folder}/*.safetensors'):
         gpt.load(path)
     for path in glob.glob(f'{folder}/log.csv'):
-        with open(path, newline='') as file:
-            assert all(len(row) == 7 for row in csv.reader(file))
+        assert all(row.count(',') == 6 for row in Path(path).read_text().splitlines())
 
 
 def torture_kill(n=100):
@@ -1562,23 +1522,20 @@ def torture_bombs():
 
 
 def torture_long():
-    """20,000 steps and 100,000 tokens without growth of memory."""
-    def grown(*command):
-        process, seen = start(*command), []
-        reader = threading.Thread(target=process.stdout.read)
-        reader.start()
-        while process.poll() is None:
-            pages = Path(f'/proc/{process.pid}/statm').read_text().split()[1]
-            seen.append(int(pages) * 4 // 1024)
-            time.sleep(0.5)
-        reader.join()
-        seen = seen[len(seen) // 3:-1]
-        assert process.returncode == 0 and max(seen) < min(seen) + 30, seen
-        return f'{min(seen)} to {max(seen)} MB'
+    """20,000 steps and tokens take no more memory than 2,000."""
+    def memory(*command):  # at most, in kB
+        process = start(*command)
+        threading.Thread(target=process.stdout.read).start()
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        return usage.ru_maxrss
 
-    steps = '--max_iters=20000', '--eval_interval=1000', '--out_dir=long'
-    return (grown('train.py', *FAST, *steps),
-            grown('sample.py', '--out_dir=long', '--max_new_tokens=100000'))
+    for command in ('train.py', *FAST, '--eval_interval=1000', '--out_dir=long', '--max_iters='), (
+            'sample.py', '--out_dir=long', '--max_new_tokens='):
+        *how, last = command
+        few, many = (memory(*how, f'{last}{n}') for n in (2000, 20_000))
+        assert many < few + 30_000, (few, many)
+    return 'none'
 
 
 def torture():
