@@ -227,8 +227,8 @@ def test_preambles_and_what_tex_never_reads_go(clean):
     preamble = '\n'.join(macros) + '\\newcommand{\\x}{a\\x}'
     first = PAPER.replace('The end', listing + 'The end').replace('% a class', preamble)
     second = PAPER.replace('The end', 'Second end')
-    text = clean(f'never\n{first}never\n{second}never\n\\begin{{document}}Third.\n\\endinput\nnever'
-                 '\n\\documentstyle{never}\n\\begin{document}Fourth')
+    text = clean(f'never\n{first}never\n{second}never\n\\begin{{document}}Third.\n\\endinput\n'
+                 'never\n\\documentstyle{never}\n\\begin{document}Fourth')
     for there in 'The end.', 'Second end.', 'Third.', 'Fourth', listing:
         assert there in text
     assert 'never' not in text and text.count('\\documentclass') == 1
@@ -290,7 +290,8 @@ def test_a_bad_file_costs_one_file(run, papers):
              'crashed.tex': corpus(3) + '\0' * 999, 'binary.tex': 'x\0' * 999, 'empty.tex': '',
              'HTML.tex': ' <html lang="en">', 'RTF.tex': '{\\rtf1', 'PDF.tex': '%PDF-1.5',
              'PostScript.tex': '%!PS-Adobe-3.0', 'git_lfs.tex': 'version https://git-lfs.com',
-             '2101.00002': 'x', 'no.zip': 'x', 'no.TGZ': 'x', 'a.txt': 'x', 'x.png': '', 'y.PNG': ''}
+             '2101.00002': 'x', 'no.zip': 'x', 'no.TGZ': 'x', 'a.txt': 'x', 'x.png': '',
+             'y.PNG': ''}
     for name, text in files.items():
         (papers / name).write_text(text)
     (papers / 'cafe.tex').write_bytes(b'caf\xe9')
@@ -299,7 +300,7 @@ def test_a_bad_file_costs_one_file(run, papers):
     os.symlink('..', papers / 'link')
     result = run(*PREPARE)
     assert before == {path: path.read_bytes() for path in papers.iterdir() if path.is_file()}
-    for said in ('skipped: mine/empty.tex', 'skipped: mine/cut.tar.gz', 'skipped: mine/link (a link',
+    for said in ('skipped: mine/empty.tex', 'skipped: mine/cut.tar.gz', 'mine/link (a link',
                  '/2101.00002 (no', '/no.zip (no', '/no.TGZ (no', 'stripped: mine/deep.tex',
                  '5 files, 12 skipped', 'not LaTeX: 2 .png, 1 .txt', '4 in utf-8, 1 in cp1252'):
         assert said in result.out
@@ -375,8 +376,8 @@ def test_text_streams_by_whole_characters():
 
 
 def test_the_papers_that_come_along_come_back(run):
-    """Every file of papers/ goes through the cleaner, and each kind of tokenizer, learned on all of
-    it without a limit, gives it back."""
+    """Every file of papers/ goes through the cleaner, and each kind of tokenizer, learned on all
+    of it without a limit, gives it back."""
     result = run('prepare.py', f'--source={HERE}/papers', '--vocab_size=300')
     assert len(result.papers) == len(glob.glob(f'{HERE}/papers/*.tex'))
     assert {row['status'] for row in result.sources} == {'cleaned'}
@@ -663,7 +664,7 @@ def test_n_params_by_counting():
 
 @pytest.mark.parametrize('position', gpt.POSITIONS)
 def test_the_future_changes_nothing(position):
-    """Causality: another token t leaves all logits before t as they are, and changes later ones."""
+    """Causality: another token t leaves all logits before t as they are, and changes later."""
     model, idx = small(position=position), torch.randint(11, (1, 16))
     before = model(idx)[0]
     for t in (1, 7, 15):
@@ -730,13 +731,15 @@ def test_cached_generation_is_recomputation(changes):
 
 def test_a_cache_that_holds_tokens_takes_one_more_at_a_time():
     """Several at once would see each other's future; too many have no place."""
-    model, cache = small(), gpt.Cache()
-    two, many = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 17, dtype=torch.long)
-    model(two, cache)
+    model, cache, idx = small(), gpt.Cache(), torch.arange(4)[None]
+    whole = model(idx)
+    assert_close(model(idx[:, :2], cache), whole[:, :2])
     with pytest.raises(AssertionError, match='one more at a time'):
-        model(two, cache)
+        model(idx[:, 2:], cache)
+    for t in 2, 3:
+        assert_close(model(idx[:, t:t + 1], cache)[:, 0], whole[:, t])
     with pytest.raises(AssertionError, match='block_size=16'):
-        model(many)
+        model(idx.expand(5, 4).reshape(1, 20))
 
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -791,11 +794,13 @@ def walk(optimizer, steps, other):
 def test_the_rest_walks_as_torchs_adamw(muon):
     """Twenty steps, weight decay and all, each kind of parameter at its rate."""
     model = small(bias=True, norm_weights=True)
-    ours = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02, weight_decay=0.3, muon=muon)
+    ours = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02, weight_decay=0.3,
+                         muon=muon)
     pairs, groups = [], []
     for module in model.modules():
         for w in module.parameters(recurse=False):
-            if muon and isinstance(module, nn.Linear) and w.dim() == 2 and module is not model.head:
+            matrix = isinstance(module, nn.Linear) and w.dim() == 2
+            if muon and matrix and module is not model.head:
                 continue
             table = muon and isinstance(module, nn.Embedding)
             pairs.append((w, w.detach().clone()))
@@ -854,8 +859,8 @@ def test_the_whole_way(run, papers, kind):
     result = run('train.py', *TINY, '--max_iters=60', '--eval_interval=30')
     lines = [line for line in result.out.splitlines() if line.startswith('step')]
     assert [line.split()[1] for line in lines] == ['0', '30', '60']
-    assert re.fullmatch(r'step    30  train \d\.\d\d  val \d\.\d\d  \d\.\d\d bits/char  0m0\ds left',
-                        lines[1])
+    line = r'step    30  train \d\.\d\d  val \d\.\d\d  \d\.\d\d bits/char  0m0\ds left'
+    assert re.fullmatch(line, lines[1])
     assert all(len(line) <= 80 for line in result.out.splitlines() if 'out' not in line)
     assert result.log[-1][4] < 0.8 * result.log[0][4]
     text = run('sample.py', '--max_new_tokens=50', '--start=Let $X', '--num_samples=2').out
@@ -1043,6 +1048,7 @@ def test_every_prompt_is_gone_on_from(run, papers, kind):
     for start in '', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null', '\udcff':
         assert run('sample.py', '--out_dir=.', '--max_new_tokens=20', f'--start={start}').out
     assert 'start' in run('sample.py', '--out_dir=.', '--start=FILE:no\nwhere', code=2).err
+    run('prepare.py', '--source=mine', '--dataset=\udcff')  # a name of such bytes
 
 
 def test_the_docstrings_examples():
