@@ -217,6 +217,7 @@ class GPTConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
+            # an int may stand for a float or a bool
             assert isinstance(value, (field.type, int)), f'{field.name} cannot be {value!r}'
         assert self.n_head > 0, 'n_head is at least 1'
         assert self.head_dim or self.n_embd % self.n_head == 0, (
@@ -299,7 +300,7 @@ class Cache:
 
     def append(self, layer, k, v):
         """Add a layer's new keys and values, (B, H, T, D) each; return all so far."""
-        if self.length:
+        if layer in self.keys:
             k = torch.cat((self.keys[layer], k), dim=2)
             v = torch.cat((self.values[layer], v), dim=2)
         self.keys[layer], self.values[layer] = k, v
@@ -318,8 +319,8 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(C, HD, bias=False)
         self.out = nn.Linear(HD, C, bias=config.bias)
         if config.value_embeddings:
-            # What a token says wherever it stands, in each layer: modded-nanogpt's (Koszarsky
-            # 2024), after arXiv:2410.17897, which adds the first layer's values to later ones.
+            # What a token says wherever it stands. From modded-nanogpt (Koszarsky 2024), after an
+            # idea in arXiv:2410.17897, which adds the first layer's values to those of later ones.
             self.value_table = nn.Embedding(config.vocab_size, HD)
 
     def forward(self, x, idx, turn, cache):
@@ -392,7 +393,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)  # GPT-2's, found by trying
+                nn.init.normal_(p, std=0.02)  # as in GPT-2, where it was found by trying
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
         if c.tied:
@@ -407,7 +408,7 @@ class GPT(nn.Module):
         x = token = self.token(idx)  # (B, T, C)
         if c.smear:
             # To each token a share, learned for each channel, of the one before it: so the first
-            # block knows pairs. After the smeared keys of arXiv:2209.11895.
+            # block knows pairs. The idea is that of the smeared keys in arXiv:2209.11895.
             before = cache.last if start else torch.zeros_like(token[:, :1])  # (B, 1, C)
             x = x + self.smear * torch.cat((before, token[:, :-1]), dim=1)
         if c.position == 'learned':
@@ -447,8 +448,9 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, idx, max_new_tokens, **how):
     """Yield the tokens (B,) that follow idx (B, T), T > 0; `how` is next_token's.
 
-    A full window begins again with its last half. That is exact, since positions begin again too,
-    and on average a token costs the same however long the text.
+    A full window begins again with its last half, read anew from position 0: what is older is
+    forgotten, and of what is left each logit is exactly the model's. On average a token costs the
+    same however long the text.
     """
     window = model.config.block_size
     seen = new = idx[:, -window:]  # (B, T)
@@ -499,9 +501,10 @@ class Optimizer:
         mean <- momentum mean + (1 - momentum) g
         w <- w - r decay w - r sqrt(max(1, n/m)) orthogonalize(momentum mean + (1 - momentum) g)
 
-    A gradient has a few large singular values and many small ones; made orthogonal, it moves in
-    all its directions alike, and the rare ones learn too. It takes a vector of m entries of size 1
-    to n entries of size sqrt(m/n), which the root mends.
+    A gradient has a few large singular values and many small ones. Made orthogonal, it moves in
+    all its directions alike, and the rare ones learn too. An orthogonal matrix keeps a vector's
+    length. So m entries of size 1 become n entries of size sqrt(m/n) if n > m, which the root
+    mends, and of size about 1 if not.
 
     Tables and head go to Adam: each of their rows belongs to one token, and most tokens are rare,
     so that each number needs a measure of its own.
@@ -555,9 +558,10 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """Begin from the bigram model: before any block learns anything, the token table and the head
     learn which token follows which in a text ids (N,).
 
-    All pairs at once, from their counts n: the loss is -sum over a, b of n_ab / N log p(b | a),
-    where p is the softmax of head(norm(token(a))). Of a large vocabulary the most frequent tokens
-    a are taken, so that the counts (R, V) are at most `most` numbers.
+    All pairs at once, from their counts n: the loss is the sum over a, b of
+    -n_ab / sum(n) log p(b | a), where p is the softmax of head(norm(token(a))). If the vocabulary
+    is large, only the R most frequent tokens a are taken: then the counts (R, V) are at most `most`
+    numbers.
     """
     V = model.config.vocab_size
     a, b = ids[:-1], ids[1:]  # (N - 1,) each
@@ -566,12 +570,12 @@ def learn_pairs(model, ids, iterations, most=2**23):
     row[rows] = torch.arange(len(rows))
     known = row[a] >= 0
     n = (row[a] * V + b)[known].bincount(minlength=len(rows) * V).view(-1, V)  # (R, V)
-    p = n / n.sum()
+    weight = n / n.sum()
     ends = nn.ModuleDict(dict(token=model.token, head=model.head))
     optimizer = Optimizer(ends, learning_rate=0.02, table_rate=0.2, matrix_rate=0.0)
     for t in range(1, iterations + 1):
         logits = model.head(model.norm(model.token.weight[rows]))  # (R, V)
-        loss = -(p * logits.log_softmax(dim=-1)).sum()
+        loss = -(weight * logits.log_softmax(dim=-1)).sum()
         loss.backward()
         optimizer.step(t, share=min(1, t / 5))
         model.zero_grad()
@@ -632,8 +636,8 @@ def on_stop(act):
 
 
 def quiet(closed_pipe=signal.SIG_DFL):
-    """What ends a script from outside leaves no traceback, nor does a screen that can't show a
-    letter. A closed pipe, as in `| head`, ends it silently."""
+    """Ctrl-C and the like leave no traceback. Nor does a screen that can't show a letter, nor a
+    closed pipe, as in `| head`, which ends a script silently."""
     on_stop(lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, 'SIGPIPE'):  # not on Windows
         signal.signal(signal.SIGPIPE, closed_pipe)
@@ -722,7 +726,8 @@ def read_header(file):
 def load(path):
     """Read a checkpoint: model, tokenizer, and a dict of all else that was saved.
 
-    There is nothing in a checkpoint that could run. What is none ends in one line.
+    There is nothing in a checkpoint that could run. A file that is none ends the script in one
+    line.
     """
     try:
         assert os.path.isfile(path), 'there is no such file'

@@ -308,7 +308,8 @@ def runs(text):
 
 
 def only_new(val, train):
-    """Drop each paragraph of val most of whose runs of twelve words stand in train."""
+    """Drop each paragraph of val most of whose runs of twelve words stand in train: what was
+    learned by heart would flatter. One of fewer than twelve words stays."""
     known = set(runs(val)).intersection(runs(train))
 
     def new(paragraph):

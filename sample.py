@@ -86,10 +86,11 @@ def rounded(x, digits):
 
 def show(path, ids, bits, likeliest, p, **more):
     """Write the page of a text that was read."""
-    likely = [[*zip(*row)] for row in zip(likeliest.tolist(), rounded(p, 4))]
+    likely = [[*zip(likeliest, p)] for likeliest, p in zip(likeliest.tolist(), rounded(p, 4))]
+    tokens = [token.decode('utf-8', 'backslashreplace') for token in tokenizer.tokens]
     try:
         write_page(path, ids=ids.tolist(), bits=[0, *rounded(bits, 2)], likely=likely,
-                   tokens=[t.decode('utf-8', 'backslashreplace') for t in tokenizer.tokens], **more)
+                   tokens=tokens, **more)
     except OSError as error:
         fail(f'{path}: {error}')
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
@@ -140,16 +141,18 @@ TABLES = '[pbvV]?matrix|smallmatrix|aligned|cases'
 KNOWN = rf'{TABLES}|equation|align\*|itemize|enumerate|proof|quote|center'
 LETTERS = 'àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœćčďěłńňőřśšűůźżž'
 LETTERS += LETTERS.upper() + '‘’“”–—'  # those outside ASCII that every LaTeX has
-DEEP, LONG = 10, 2000  # how much is open at a time, and for how many tokens, at most
+DEEP, LONG = 12, 2000  # how much is open at a time, and for how many tokens, at most
 LISTS = '\\end{itemize}', '\\end{enumerate}'
 PARAGRAPH = '\n\\par\n'
+BETWEEN = ['blank', 'heading', 'block', 'item', 'display']  # kinds of tokens that end a paragraph
+FORMULA = ['script', 'table', 'left']  # kinds that stand in mathematics
 
 PREAMBLE = r"""\documentclass{amsart}
 \usepackage[utf8]{inputenc}
 \usepackage{amssymb}
 \allowdisplaybreaks
 \renewenvironment{cases}{\left\{\begin{array}{*{10}l}}{\end{array}\right.}
-\renewcommand\mathaccentV[4]{\mathaccent"#2#3#4 }
+\def\mathaccentV#1#2#3#4{\mathaccent"#2#3#4 }
 \let\boldsymbol\mathbf
 \renewcommand\addcontentsline[3]{}
 \renewcommand\ref[1]{\textsf{#1}}
@@ -160,37 +163,40 @@ PREAMBLE = r"""\documentclass{amsart}
 \author{Wolfgang-GPT}
 \date{\today}"""
 
-SPELLINGS = {  # what can be written in several ways, and the one way that is read below
-    r'\\end\{document\}(?s:.*)|\\begin\{document\}|\\label\{[^{}]*\}|\\(?=\s)': ' ',
-    r'\\[()]': '$',
+ONES = '|'.join(ONE)
+SPELLINGS = {  # what can be written in several ways, and the way in which it is read below
+    r'\\end\{document\}(?s:.*)|\\begin\{document\}|\\label\{[^{}]*\}': ' ',
+    r'(?<!\\)\\(?=\s)': ' ',
+    r'(?<!\\)\\[()]': '$',
     r'\$\$([^$]*)\$\$': r'\\[\1\\]',
     r'\\par(?![A-Za-z])': '\n\n',
     r'\s*\n\s*\n\s*': '\n\n',
     r'(begin|end)\{(?:equation\*|displaymath)\}': r'\1{equation}',
     r'(begin|end)\{(?:align|gather|multline|eqnarray|flalign)\*?\}': r'\1{align*}',
-    r'\\begin\{align\*\}': r'\g<0>\\,',
+    r'\\begin\{align\*\}': r'\g<0>\\,',  # amsmath divides by the width
     r'(begin|end)\{(?:split|gathered)\}': r'\1{aligned}',
-    r'(begin|end)\{description\}': r'\1{itemize}',
     r'(begin|end)\{array\}(\{[^{}]*\})?': r'\1{matrix}',
-    r'(begin\{(?:itemize|enumerate)\})(?:\s*\[[^][]*\])?(?:\s*\\item(?![A-Za-z]))?': r'\1\\item ',
-    rf'(begin|end)\{{(?!(?:{KNOWN})\}})([A-Za-z]+)\*?\}}': r'\1{my\2}',
+    r'(begin|end)\{description\}': r'\1{itemize}',
+    r'(begin\{(?:itemize|enumerate)\})(\s*\[[^][]*\])?(\s*\\item(?![A-Za-z]))?': r'\1\\item ',
+    rf'(begin|end)\{{(?!({KNOWN})\}})([A-Za-z]+)\*?\}}': r'\1{my\3}',
     r'frac\s*(\d)\s*(\d)': r'frac{\1}{\2}',
-    rf'((?:[_^]|\\(?:{"|".join(ONE)})(?![A-Za-z])))\s*(#\d|[A-Za-z0-9*]|\\[A-Za-z]+(?:\{{[^{{}}]*\}})?)': r'\1{\2}',
+    rf'((?:[_^]|\\(?:{ONES})(?![A-Za-z])))\s*([A-Za-z0-9*]|#\d)': r'\1{\2}',
+    rf'((?:[_^]|\\(?:{ONES})(?![A-Za-z])))\s*(\\[A-Za-z]+(\{{[^{{}}]*\}})?)': r'\1{\2}',
 }
 FENCE = r'''(?: [][()/|.<>] | \\[{}|] | \\[lr](?:angle|floor|ceil|vert|Vert)(?![A-Za-z]) )'''
 MACRO = re.compile(r"""(?xs)
-    \\(?:(?:re)?newcommand|(?P<operator>DeclareMathOperator))\*? \s* \{?\\(?P<name>[A-Za-z]+)\}? \s*
-    (?:\[(?P<n>[12])\])? \s* \{(?P<body>.*)\} \s*
+    \\(?:(?:re)?newcommand|(?P<operator>DeclareMathOperator))\*? \s*
+    \{?\\(?P<name>[A-Za-z]+)\}? \s* (?:\[(?P<n>[12])\])? \s* \{(?P<body>.*)\} \s*
 """)
 TOKEN = re.compile(rf"""(?xs)
     (?P<blank>    \n\n )
   | (?P<space>    [\s~]+ )
   | (?P<display>  \\\[ | \\begin\{{(?:equation|align\*)\}} )
   | (?P<table>    \\begin\{{(?:{TABLES})\}} )
-  | (?P<block>    \\begin\{{(?P<begun>[a-zA-Z]+)\}} (?:\[[\w .,:()-]*\])? )
+  | (?P<block>    \\begin\{{(?P<begun>[A-Za-z]{{1,40}})\}} (?:\[[A-Za-z0-9 .,:()-]*\])? )
   | (?P<end>      \\end\{{[A-Za-z]+\*?\}} | \\\] | \}} )
   | (?P<heading>  \\(?:part|(?:sub)*section|paragraph)(?![A-Za-z])\*? )
-  | (?P<item>     \\item(?![A-Za-z]) (?:\s*\[[\w .,:()-]*\])? )
+  | (?P<item>     \\item(?![A-Za-z]) (?:\s*\[[A-Za-z0-9 .,:()-]*\])? )
   | (?P<left>     \\left(?![A-Za-z]) \s* {FENCE} )
   | (?P<right>    \\right(?![A-Za-z]) \s* {FENCE} )
   | (?P<row>      \\\\ (?:\*?\s*\[[^][{{}}]*\])? )
@@ -198,7 +204,9 @@ TOKEN = re.compile(rf"""(?xs)
   | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
   | (?P<word>     \\(?P<name>[A-Za-z]{{1,40}}) )
   | (?P<script>   [_^] )
-  | (?P<other>    '+ | [A-Za-z0-9]{{1,40}} | . )
+  | (?P<prose>    [A-Za-z]{{3,40}} [ \n] [a-z]{{2,40}} )
+  | (?P<prime>    '+ )
+  | (?P<other>    [A-Za-z0-9]{{1,40}} | . )
 """)
 
 
@@ -207,8 +215,8 @@ class Open:
     """What is open: the document, a list, a formula, a brace, an argument that is yet to come."""
     closer: str  # what ends it; {} is the argument
     math: bool = False  # whether mathematics stands in it, or text
-    after: str = ''  # what is written after its end
-    table: bool = False  # whether & and \\\\ may stand in it,
+    once: bool = False  # whether it ends by itself after one thing
+    table: bool = False  # whether & and \\ may stand in it,
     cells: int = 0  # and how many & this row has
     scripts: str = '^_'  # those that can't come next: two of a kind are an error
 
@@ -217,8 +225,8 @@ def mend(text, macros):
     """LaTeX that compiles, as near to a text as it gets.
 
     What is open is closed where its surroundings end; what closes nothing goes. An argument that
-    is missing is empty. Mathematics in a text brings its own dollars. A word that isn't known to
-    be harmless, or the author's, shows its name.
+    is missing is empty. Mathematics in a text brings its own dollars, and text in mathematics its
+    own \\text. A word that isn't known to be harmless, or the author's, shows its name.
     """
     words = {**WORDS, **macros}
     text = re.sub(f'[^ -~\\n\\t{LETTERS}]', '?', unicodedata.normalize('NFKC', text))
@@ -226,14 +234,13 @@ def mend(text, macros):
         text = re.sub(ways, way, text)
     out, opened = [], [Open('\\end{document}')]
 
-    def push(written, *what):
+    def push(written, closer, math=False, once=False, table=False):
         out.append(written)
-        opened.append(Open(*what))
+        opened.append(Open(closer, math, once, table))
 
     def close(place):
         while len(opened) > place:
-            thing = opened.pop()
-            out.append(thing.closer + thing.after)
+            out.append(opened.pop().closer)
 
     def last(*closers):
         """The place of the innermost that ends so; beyond all if there is none."""
@@ -247,15 +254,18 @@ def mend(text, macros):
 
     for n, token in enumerate(TOKEN.finditer(text), 1):
         kind, written, name = token.lastgroup, token[0], token['name']
-        while opened[-1].closer == '{}' and kind != 'space' and written != '{':
+        no_argument = kind != 'space' and written != '{'
+        while opened[-1].once or opened[-1].closer == '{}' and no_argument:
             close(len(opened) - 1)
-        if kind in ('blank', 'heading', 'item', 'block', 'display'):
+        lost = kind == 'prose' and opened[-1].math  # most likely a dollar is missing
+        if kind in BETWEEN or lost or len(opened) > DEEP or n % LONG == 0:
             end_paragraph()
-        if len(opened) > DEEP or n % LONG == 0:
-            end_paragraph()
-        top = opened[-1]
-        dollar = '' if top.math else '$'
-        scripts, top.scripts, size = top.scripts, '', len(out)
+        if (kind in FORMULA or name in words) and not opened[-1].math:
+            push('$', '$', True, once=True)
+        if (kind == 'letter' or name in TEXT) and opened[-1].math:
+            push('\\text{', '}', once=True)
+        top, size = opened[-1], len(out)
+        scripts, top.scripts = top.scripts, ''
 
         if kind == 'blank':
             out.append(PARAGRAPH)
@@ -267,7 +277,7 @@ def mend(text, macros):
         elif kind == 'block':
             if len(opened) > 4:
                 close(1)
-            push(written + '{}', f'\\end{{{token["begun"]}}}', False, '\n')
+            push(written + '{}', f'\\end{{{token["begun"]}}}')
         elif kind == 'item':
             close(last(*LISTS) + 1)
             if opened[-1].closer in LISTS:
@@ -276,30 +286,33 @@ def mend(text, macros):
         elif written == '\\[':
             push(written, '\\]', True)
         elif kind == 'display':
-            push(written, written.replace('begin', 'end'), True, '', 'align' in written)
+            push(written, written.replace('begin', 'end'), True, table='align' in written)
         elif kind == 'table':
-            push(dollar + written + '{}', written.replace('begin', 'end'), True, dollar, True)
+            push(written + '{}', written.replace('begin', 'end'), True, table=True)
         elif kind == 'left':
-            push(dollar + written + ' ', '\\right.', True, dollar)
+            push(written + ' ', '\\right.', True)
         elif kind == 'right':
             close(last('\\right.') + 1)
             if opened[-1].closer == '\\right.':
-                out.append(f'{written} {opened.pop().after}')
+                opened[-1].closer = written + ' '
+                close(len(opened) - 1)
         elif kind == 'end' or written == '$' and top.math:
             close(last(written))
         elif written == '$':
             push('$', '$', True)
         elif written == '{' and top.closer == '{}':  # the argument begins
-            out.append('{')
             top.closer = '}'
+            out.append('{')
         elif written == '{':
             push('{', '}', top.math)
 
         elif kind == 'script':
-            out.append(('{}' if written in scripts else '') + dollar + written)
-            top.scripts = written + ('' if written in scripts else scripts)
-            opened.append(Open('{}', True, dollar))
-        elif written[0] == "'" and top.math:
+            if written in scripts:
+                out.append('{}')
+                scripts = ''
+            top.scripts = scripts + written
+            push(written, '{}', True)
+        elif kind == 'prime' and top.math:
             out.append('{}' + written)
             top.scripts = '^'
         elif kind == 'row':
@@ -308,18 +321,14 @@ def mend(text, macros):
         elif written == '&' and top.table and top.cells < 9:
             out.append('&')
             top.cells += 1
-        elif kind == 'letter' and top.math:
-            out.append(f'\\text{{{written}}}')
         elif name in TEXT:
-            push('\\text{' * top.math + written, '{}', False, '}' * top.math)
+            push(written, '{}')
         elif name in words:
-            out.append(f'{dollar}\\{"my" * (name in macros)}{name} ')
-            top.scripts = '^_' * (name in macros)
-            ends = [dollar] + [''] * (words[name] - 1)
-            if words[name]:
-                opened += [Open('{}', True, end) for end in ends]
-            else:
-                out.append(dollar)
+            if name in macros:
+                written, top.scripts = f'\\my{name}', '^_'
+            out.append(written + ' ')
+            for _ in range(words[name]):
+                push('', '{}', True)
         elif kind == 'word':
             out.append('' if name in SILENT else f'\\textsf{{{name}}}')
         elif written in '&#%':
@@ -329,22 +338,25 @@ def mend(text, macros):
         if not ''.join(out[size:]).strip():  # nothing came
             top.scripts = scripts
     close(1)
-    text = re.sub(r'\n\s+', '\n', ''.join(out))
-    return re.sub(r'\$(?=\$)', '$ ', text).replace(PARAGRAPH[1:], '\n')
+    text = re.sub(r'(\\[A-Za-z]+) (?![A-Za-z])', r'\1', ''.join(out))
+    text = re.sub(r'\$(?=\$)', '$ ', text)  # $$ would be a display
+    return re.sub(r'\n\s+', '\n', text).replace(PARAGRAPH[1:], '\n')  # no blank lines but these
 
 
 def document(texts):
     """A paper of these texts; before them the author's macros of mathematics, mended, under names
-    that are not LaTeX's. A macro may use those before it."""
-    macros, lines = {}, [PREAMBLE]
+    that are not LaTeX's. A macro may use those before it that use none."""
+    macros, plain, lines = {}, {}, [PREAMBLE]
     for match in filter(None, map(MACRO.fullmatch, saved.get('macros', []))):
         name, n, body = match['name'], match['n'] or '0', match['body']
         if match['operator']:
             body = f'\\operatorname{{{body}}}'
-        body = mend(f'${body}$', macros).replace('\\#', '#')
+        body = mend(f'${body}$', plain).replace('\\#', '#')
         wrong = re.search(rf'\\({"|".join(TEXT)})\{{[^}}]*#|.\$.|\n|#[^{"12"[:int(n)]}\n]', body)
-        if not wrong:
+        if not wrong and name not in macros:
             macros[name] = int(n)
+            if '\\my' not in body:
+                plain[name] = int(n)
             lines.append(f'\\newcommand\\my{name}[{n}]{{{body.strip("$")}}}')
     for i, text in enumerate(texts):
         if len(texts) > 1 and not text.startswith('\\section'):

@@ -40,8 +40,8 @@ max_iters = 900  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
 eval_interval = 0  # steps from one evaluation to the next, 0 for twenty in a run
 # the batch of one step
-batch_size = 8  # blocks that go through the model at once (B)
-gradient_accumulation_steps = 1  # as many times, one after the other
+batch_size = 8  # stretches of text that go through the model at once (B)
+gradient_accumulation_steps = 1  # so many such batches, one after the other, make one step
 block_size = 256  # tokens that the model sees at once (T)
 # the model
 n_layer = 3  # blocks (L), 0 for the bigram model
@@ -81,7 +81,7 @@ allowed = dict(
     dropout=0.99, position=POSITIONS, activation=[*ACTIVATIONS], optimizer=['muon', 'adamw'],
     beta1=0.9999, beta2=0.9999, threads=1024)
 config = override(globals(), **allowed)
-quiet(closed_pipe=signal.SIG_IGN)  # which stops nothing
+quiet(closed_pipe=signal.SIG_IGN)  # a run goes on without its screen
 last = os.path.join(out_dir, 'last.safetensors')  # the newest state
 ckpt = os.path.join(out_dir, 'ckpt.safetensors')  # the best model
 
@@ -121,10 +121,13 @@ if init_from == 'resume':  # with the settings of the run, and then the command 
         fail(f'{last}: no run that can be resumed ({error})')
     globals().update({**old, 'out_dir': out_dir, 'init_from': 'resume'})
     config = override(globals(), **allowed)
+    # Where a run is, how long it takes and the machine may change when it goes on.
     for name in old.keys() - {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes',
                               'eval_interval', 'device', 'threads', 'compile'}:
         if config[name] != old[name]:
             fail(f'--{name}={config[name]}: this run has {old[name]}, to its end')
+if batch_size % world:  # with equal shares the mean of the processes' means is the mean
+    fail(f'--batch_size={batch_size}: wanted a multiple of the {world} processes')
 device = pick_device(device)
 autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
@@ -170,7 +173,7 @@ def blocks(ids, starts):
 @functools.lru_cache(2)
 def walk(n):
     """The n-th walk through the training part: where its blocks begin, in an order drawn anew. So
-    each token is seen once before any is seen twice."""
+    each token, but for fewer than a block at either end, is seen once before any is seen twice."""
     chance = torch.Generator().manual_seed(seed * 2**32 + n)
     most = min(block_size, max(1, len(train) - walk_length * block_size))
     shift = torch.randint(most, (1,), generator=chance)
@@ -181,7 +184,8 @@ walk_length = max(1, (len(train) - 1) // block_size - 1)  # blocks; one is left 
 
 
 def get_batch(i):
-    """Step i's blocks: those of this process, a pair (x, y) for each accumulation step."""
+    """Step i's blocks, a pair (x, y) for each accumulation step. Of several processes each takes
+    its share, and DistributedDataParallel the mean of their gradients."""
     each = gradient_accumulation_steps * batch_size
     starts = [walk(b // walk_length)[b % walk_length] for b in range(i * each, (i + 1) * each)]
     starts = torch.stack(starts).view(gradient_accumulation_steps, batch_size)
@@ -217,7 +221,9 @@ updates = Optimizer(model, learning_rate, table_rate, matrix_rate, beta1, beta2,
                     weight_decay=weight_decay, matrix_decay=matrix_decay, muon=optimizer == 'muon')
 step_tokens = batch_size * gradient_accumulation_steps * block_size
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
-i, seconds, losses, log = 0, 0.0, [], []  # the state of a run, beside weights and optimizer
+# With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
+# for bit, on as many threads, unless the clock ends it. A row of the log: COLUMNS, and a sample.
+i, seconds, losses, log = 0, 0.0, [], []
 if saved:
     try:
         i, seconds, losses, log = (saved[name] for name in ('step', 'seconds', 'losses', 'log'))
@@ -256,7 +262,7 @@ def evaluate(model, starts):
 
 
 def sound(loss):
-    """A loss, if it's a number: what isn't one is never saved."""
+    """Return a loss that is a number; one that isn't ends the run, and nothing is saved."""
     if not math.isfinite(loss):
         fail(f'step {i}: the loss is {loss}; most likely a rate is too large (--learning_rate, '
              f'--matrix_rate, --table_rate). {ckpt} is the last good model')
@@ -281,13 +287,14 @@ def intervals():
 
 
 def due():
-    """Whether to evaluate before step i; in a run by the clock evaluations take a tenth of it."""
-    return not log or intervals() > evaluated and measuring < clock() / 10
+    """Whether to evaluate before step i. In a run by the clock evaluations take at most a tenth of
+    the time."""
+    return not log or (intervals() > evaluated and measuring < clock() / 10)
 
 
 def time_left(progress):
     left = clock() * (1 / progress - 1) if progress else 60 * max_minutes
-    return f'{left // 60:.0f}m{left % 60:02.0f}s left' if progress + max_minutes else ''
+    return f'{left // 60:.0f}m{left % 60:02.0f}s left' if progress or max_minutes else ''
 
 
 def write_some():
@@ -395,7 +402,7 @@ def claim():
 # The loop
 
 def schedule(progress):
-    """The share of its rate with which step i is taken: up to 1, then down in a line to 0."""
+    """What share of the full rates step i takes: up to 1, then down in a line to 0."""
     return min(1, (i + 1) / (warmup_iters + 1)) * (1 - progress if decay_lr else 1)
 
 
@@ -411,7 +418,8 @@ while True:
     state = torch.tensor([done(), due(), stopping], dtype=torch.float64)
     if world > 1:  # what any process has seen, all have
         dist.all_reduce(state, dist.ReduceOp.MAX)
-    progress, now, stopping = state.tolist()
+    progress, now, stop = state.tolist()
+    stopping = stopping or stop  # a signal that came meanwhile stays
     if max_minutes and progress == 1 and i == 0:
         fail(f'--max_minutes={max_minutes} is over before the first step; take more')
     if (now or progress == 1) and not (log and log[-1][0] == i):
@@ -444,18 +452,18 @@ if world > 1:
     dist.barrier()
     dist.destroy_process_group()
 if stopping:
-    saved = ', saved' if keep() else ''
-    say(f'\nstopped at step {i}{saved}; to go on: '
+    how = ', saved' if keep() else ''
+    say(f'\nstopped at step {i}{how}; to go on: '
         f'python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + int(stopping))
 if rank == 0:
-    best, _, _ = load(ckpt)
+    best, _, about = load(ckpt)
     loss, n = evaluate(best.to(device), every_block).tolist()
-    row = min(log, key=lambda row: row[4])
+    row = min(log, key=lambda row: abs(row[0] - about['step']))  # the evaluation it was saved at
     result = [*row[:2], round(clock(), 2), row[3], loss / n, loss / n * to_bits, row[6]]
     if not keep(best, result):
         fail(f'the end of the run could not be saved in {out_dir}')
     say(f'best of step {row[0]}, on the whole validation part: {result[5]:.3f} bits/char '
         f'({best_stick}: {yardsticks[best_stick]:.3f})')
     say(f'finished: {ckpt}, and {out_dir}/run.html for a browser')
-    say(f'to see it write: python sample.py --out_dir={out_dir}')
+    say(f'to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper')
