@@ -996,7 +996,7 @@ def test_nothing_trained_is_overwritten(base, run):
     train.py --learning_rate=-1 -> 0 to
     train.py --compile=perhaps -> compile
     train.py --position=left -> rotary
-    train.py --seed=-- -> no value
+    train.py --seed=-- -> seed
     train.py config.py -> config.py
     train.py --device=abacus -> device
     train.py --device=meta -> device
@@ -1458,7 +1458,7 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path, changes):
 
 def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
     """With json and struct alone."""
-    code = re.search("        with open.*", gpt.save.__doc__, re.DOTALL).group()
+    code = re.search(" *with open.*", gpt.save.__doc__, re.DOTALL).group()
     names = dict(struct=struct, json=json)
     exec(textwrap.dedent(code), names)
     assert [*names['numbers']] == parsed('out/ckpt.safetensors')[1]['token.weight']
