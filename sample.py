@@ -1,5 +1,5 @@
 """
-Text from a trained model, as a paper too; and two pages that show how it reads.
+Text from a trained model, as a paper too; a proof-reader; and two pages that show how it reads.
 
     python sample.py
     python sample.py --start='\\begin{theorem}' --temperature=0.8
@@ -13,6 +13,8 @@ import math
 import os
 import re
 import unicodedata
+from bisect import bisect
+from collections import Counter
 from dataclasses import dataclass
 
 import gpt
@@ -31,7 +33,7 @@ top_p = 0.95  # draw from the fewest tokens that have this probability together
 seed = 1337  # another seed, another text
 device = 'auto'  # auto, cpu, cuda, mps
 attention = ''  # a page to write (.html): what each head looks at in --start, what may come next
-text = ''  # a file to score, in bits per character
+text = ''  # a file to score, in bits per character, and to proof-read
 page = ''  # a page to write (.html): the file of --text, shaded by surprise
 tex = ''  # a file to write (.tex): the texts as a document that compiles
 # -------------------------------------------------------------------------------------------------
@@ -94,6 +96,77 @@ def show(path, ids, bits, likeliest, p, **more):
     except OSError as error:
         fail(f'{path}: {error}')
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
+
+
+# -------------------------------------------------------------------------------------------------
+# The proof-reader: what surprises a model that knows an author's papers may be a slip
+
+HIDDEN = re.compile(r"""
+    (?: \A | \\end\{document\} ) .*? \\begin\{document\}       # a preamble
+  | \\end\{document\} .*                                       # what stands behind the end
+  | (?<!\\) % [^\n]*                                           # a comment
+  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}     # a name
+""", re.VERBOSE | re.DOTALL)
+WORD = re.compile(r'(?<!\\)\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words, lower-case words
+PASSAGE = re.compile(r'\S.*?(?=\n\s*\n|\Z)', re.DOTALL)
+
+
+def line(at):
+    return content.count('\n', 0, at) + 1
+
+
+def saving(at, end, better):
+    """How many bits fewer the model needs where `better` stands in place of content[at:end]."""
+    bits = []
+    for middle in content[at:end], better:
+        near = content[max(0, at - 200):at] + middle + content[end:end + 80]
+        ids = torch.tensor(tokenizer.encode(near), device=device)
+        surprise, *_ = read(ids)
+        bits.append(surprise.sum().item())
+    return bits[0] - bits[1]
+
+
+def shortened(word):
+    """A word, and what is left of it without one of its letters. Two words have one of these in
+    common if one letter is dropped, added, or another one, or if two neighbours are exchanged."""
+    return {word, *(word[:i] + word[i + 1:] for i in range(len(word)))}
+
+
+def misspelt(bits):
+    """The words that stand once, the likeliest slips first; token i has bits[i].
+
+    A word counts as much as half of its bits, and the bits that it would save if it were another
+    one that is a slip away: one of the text's, or a token.
+    """
+    times = Counter(WORD.findall(prose))
+    tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
+    known = {*times, *WORD.findall(tokens)}
+    near = {word: shortened(word) for word in known}
+    slips = []
+    for match in WORD.finditer(prose):
+        word, at, end = match.group(), match.start(), match.end()
+        if times[word] > 1:
+            continue
+        first, last = bisect(ends, at), bisect(ends, end - 1)
+        needed = sum(bits[first:last + 1])
+        others = [other for other in known - {word} if near[other] & near[word]]
+        gains = [(saving(at, end, other), other) for other in others]
+        gain, expected = max([(0, ''), *gains])
+        slips.append(dict(at=first, line=line(at), word=word, bits=needed, expected=expected,
+                          weight=gain + needed / 2))
+    return sorted(slips, key=lambda slip: -slip['weight'])
+
+
+def unpaired():
+    """The brace or dollar that a paragraph lacks, where it saves most bits: (at, sign) each."""
+    for match in PASSAGE.finditer(prose):
+        signs = Counter(re.findall(r'(?<!\\)[{}$]', match.group()))
+        start, end = match.span()
+        places = start, *ends[bisect(ends, start):bisect(ends, end)]
+        if signs['{'] > signs['}']:
+            yield max(places, key=lambda at: saving(at, at, '}')), '}'
+        if signs['$'] % 2:
+            yield max(places, key=lambda at: saving(at, at, '$')), '$'
 
 
 # -------------------------------------------------------------------------------------------------
@@ -393,10 +466,21 @@ elif text:
     title = f'{text}: {bits.double().sum() / characters:.3f} bits per character'
     print(f'{title} (of {characters:,}, in {len(counted):,} tokens, '
           f'{counted.count(tokenizer.ids.get(UNKNOWN)):,} of them unknown, after the first token)')
+
+    content = tokenizer.decode(ids.tolist())
+    ends = [*itertools.accumulate(map(len, tokenizer.stream(ids.tolist())))]  # of each token
+    prose = HIDDEN.sub(lambda match: '%' * len(match.group()), content)
+    words = misspelt([0, *bits.tolist()])
+    for slip in words[:20]:
+        expected = slip['expected'] or 'another word'
+        print(f"line {slip['line']}: {slip['word']}, {slip['bits']:.0f} bits; expected {expected}")
+    for at, sign in unpaired():
+        print(f'line {line(at)}: no {sign} after {content[max(0, at - 30):at]!r}?')
     if page:
         some = 2**16  # what a browser can take
-        show(page, ids[:some], bits[:some - 1], *(x[:some] for x in likely),
-             kind='text', title=title, quiet=[], words=[])
+        hidden = [[bisect(ends, at) for at in match.span()] for match in HIDDEN.finditer(content)]
+        show(page, ids[:some], bits[:some - 1], *(x[:some] for x in likely), kind='text',
+             title=title, quiet=hidden, words=[slip for slip in words[:100] if slip['at'] < some])
 
 else:
     idx = torch.tensor([prompt], device=device).expand(num_samples, -1)

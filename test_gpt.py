@@ -1203,6 +1203,57 @@ def test_without_its_page_a_run_goes_on_and_says_so_once(run, papers, monkeypatc
     assert 'nowhere/page.html' in run('sample.py', '--attention=a.html', code=2).err
 
 
+def proof_reader(text):
+    """A model that has learned by heart which character follows which, in out."""
+    learned = sorted({*text, *'%', gpt.UNKNOWN})
+    tokenizer = gpt.CharTokenizer(learned)
+    model = small(vocab_size=len(learned), n_layer=0, n_embd=len(learned))
+    gpt.learn_pairs(model, torch.tensor(tokenizer.encode(text)), 60)
+    os.makedirs('out', exist_ok=True)
+    gpt.save('out/ckpt.safetensors', model, tokenizer)
+
+
+SENTENCE = 'every compact surface $X$ has a \\textbf{triangulation} and an open covering\n\n'
+SLIPS = {'compact': 'comapct', 'surface': 'surfce', 'every': 'everry', 'open': 'opfn',
+         '\\textbf': '\\tetxbf'}
+
+
+@pytest.mark.parametrize('word', SLIPS)
+def test_a_misspelt_word_is_found_and_what_was_expected(run, tmp_path, word):
+    """First of all words, with its line in the file as it stands; whatever kind of slip it is."""
+    proof_reader(SENTENCE * 20)
+    hidden = '% a commment\n\\documentclass{atricle}\n\\begin{document}\n'
+    slip = SENTENCE.replace(word, SLIPS[word])
+    (tmp_path / 'a.tex').write_text(
+        hidden + SENTENCE * 3 + slip + SENTENCE * 3 + '\\end{document}\nbehidn\n')
+    out = run('sample.py', '--text=a.tex', '--page=a.html').out.splitlines()
+    found = [line for line in out if line.startswith('line ')]
+    assert found[0].startswith(f'line 10: {SLIPS[word]}, ')
+    assert found[0].endswith(f'; expected {word}')
+    page = numbers('a.html')
+    first, text = page['words'][0], ''.join(page['tokens'][i] for i in page['ids'])
+    assert text[first['at']:].startswith(SLIPS[word]) and first['line'] == 10
+    length = len(SLIPS[word])
+    bits = page['bits'][first['at']:first['at'] + length]
+    assert first['bits'] == pytest.approx(sum(bits), abs=0.01 * length)
+    (_, begin), (end, _) = page['quiet'][-2:]
+    assert text[:begin] == hidden.rstrip('\n') and text[end:] == '\\end{document}\nbehidn\n'
+    ranked = {slip['word'] for slip in page['words']}
+    assert not ranked & {'commment', 'atricle', 'behidn', 'compact'}
+
+
+@pytest.mark.parametrize('sign', '}$')
+def test_a_missing_brace_or_dollar_is_found(run, tmp_path, sign):
+    """In the paragraph that lacks it; an escaped one is none, and whole text has none."""
+    proof_reader(SENTENCE * 20)
+    whole = SENTENCE + '\\$ 5 \\} % } $\n\n'
+    (tmp_path / 'whole.tex').write_text(whole * 2)
+    (tmp_path / 'a.tex').write_text(whole + SENTENCE.replace(sign, '', 1) + whole)
+    assert ': no ' not in run('sample.py', '--text=whole.tex').out
+    found = [line for line in run('sample.py', '--text=a.tex').out.splitlines() if ': no ' in line]
+    assert len(found) == 1 and found[0].startswith(f'line 5: no {sign} after ')
+
+
 # ------------------------------------------------------------------------------ the dream
 
 FATAL = {
