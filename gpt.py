@@ -33,7 +33,7 @@ from dataclasses import dataclass, fields
 
 # Before torch is loaded: a thread that has waited for a while leaves its core to others.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 warnings.filterwarnings('ignore', 'Failed to initialize NumPy')  # none is needed
 import torch
 import torch.nn as nn
