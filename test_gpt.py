@@ -510,8 +510,8 @@ def test_a_walk_meets_each_block_once(run, papers):
 # ------------------------------------------------------------------------------ the bigram model
 
 def test_the_bigram_model_reaches_the_entropy_of_its_corpus(run, papers):
-    """--n_layer=0 begins at ln V and ends at what counting pairs gives, where a run that starts from
-    the counts nearly begins."""
+    """--n_layer=0 begins at ln V and ends at what counting pairs gives. A run that starts from the
+    counts nearly begins there."""
     run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
     how = ('--dataset=mine', '--n_layer=0', '--n_embd=64', '--block_size=64', '--batch_size=32',
            '--weight_decay=0', '--max_iters=400', '--eval_interval=400')
