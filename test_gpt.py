@@ -3,12 +3,13 @@ What the README and the code claim, each claim proved by running it, in the orde
 would teach it: papers, characters, batches, the bigram model, attention, the GPT, its training.
 
     python -m pytest
-    python test_gpt.py --torture     what takes minutes: kills, bombs, long runs
+    python test_gpt.py --torture     what takes minutes: a hundred kills, long runs
 """
 import doctest
 import gc
 import glob
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -24,7 +25,6 @@ import sys
 import tarfile
 import tempfile
 import textwrap
-import threading
 import time
 import zipfile
 from collections import Counter
@@ -134,6 +134,11 @@ def write_papers(**seeds):
         Path('mine', f'{name}.tex').write_text(corpus(seed))
 
 
+def held(folder):
+    """What the files of a folder hold."""
+    return {path: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
 @pytest.fixture(scope='session')
 def workshop(tmp_path_factory):
     """Two papers in mine, their data set in data, a run of six steps in out: made once."""
@@ -229,11 +234,10 @@ def test_preambles_and_what_tex_never_reads_go(clean):
     macros = ['\\newcommand{\\R}{\\mathbb{R}}', '\\newcommand*\\e[1]{\\|#1\\epsilon\\}}',
               '\\DeclareMathOperator{\\Hom}{Hom}']
     preamble = '\n'.join(macros) + '\\newcommand{\\x}{a\\x}'
-    first = PAPER.replace('The end', listing + 'The end').replace('% a class', preamble)
-    second = PAPER.replace('The end', 'Second end')
-    text = clean(f'never\n{first}never\n{second}never\n\\begin{{document}}Third.\n\\endinput\n'
+    first = PAPER.replace('The end', listing).replace('% a class', preamble)
+    text = clean(f'never\n{first}never\n{PAPER}never\n\\begin{{document}}Third.\n\\endinput\n'
                  'never\n\\documentstyle{never}\n\\begin{document}Fourth')
-    for there in 'The end.', 'Second end.', 'Third.', 'Fourth', listing:
+    for there in listing, 'The end.', 'Third.', 'Fourth':
         assert there in text
     assert 'never' not in text and text.count('\\documentclass') == 1
     assert json.loads(Path('data/papers/meta.json').read_text())['macros'] == macros
@@ -266,50 +270,51 @@ def test_every_encoding_is_read(clean, data, word):
 
 
 @pytest.mark.parametrize('kind, name', [
-    ('zip', 'p.zip'), ('tar', 'p.tar'), ('gztar', 'p.tar.gz'), ('bztar', 'p.tar.bz2'),
-    ('xztar', 'p.txz'), ('gztar', '2101.00001v1'), ('zip', 'wrong.tar')])
+    ('zip', 'p.zip'), ('tar', 'p.tar'), ('bztar', 'p.tar.bz2'), ('xztar', 'p.txz'),
+    ('gztar', '2101.00001v1'), ('zip', 'wrong.tar')])
 def test_archives_give_what_the_folder_gives(run, kind, name):
     """By their first bytes, also within another, and nothing is unpacked anywhere. So does arXiv's
     gzip of one bare file."""
-    one = 99 * b'% a remark\n' + corpus(1).encode()
+    paper = 99 * b'% a remark\n' + corpus(1).encode()
     os.makedirs('folder/deep')
-    Path('folder/deep/PAPER.TEX').write_bytes(one)
-    Path('folder/figure.png').write_bytes(b'\x89PNG' * 99)
-    Path('0309136').write_bytes(one)
-    Path('2101.00002').write_bytes(gzip.compress(one))
+    Path('folder/deep/PAPER.TEX').write_bytes(paper)
+    Path('2101.00002').write_bytes(gzip.compress(paper))
     os.rename(shutil.make_archive('made', kind, 'folder'), name)
     with zipfile.ZipFile('outer.zip', 'w') as outer:
         outer.write(name, f'in/{name}')
     before = {*os.listdir(), 'data'}
-    for source in name, 'outer.zip', 'folder', '0309136', '2101.00002':
+    for source in name, 'outer.zip', 'folder', '2101.00002':
         text = run('prepare.py', f'--source={source}', '--vocab_size=300').text
         assert text == corpus(1).strip()
     assert {*os.listdir()} == before
 
 
+NO_LATEX = {'HTML': ' <html lang="en">', 'RTF': '{\\rtf1', 'PDF': '%PDF-1.5',
+            'PostScript': '%!PS-Adobe-3.0', 'git_lfs': 'version https://git-lfs.com',
+            'binary': 'x\0' * 999}
+AMISS = {'deep.tex': '\\ifx' * 5000 + '\\fi' * 5000 + ' the text stays\n',
+         'crashed.tex': corpus(3) + '\0' * 999, 'empty.tex': '', '2101.00002': 'x', 'no.TGZ': 'x',
+         'a.txt': 'x', 'x.png': '', 'y.PNG': ''}
+
+
 def test_a_bad_file_costs_one_file(run, papers):
     """Its place in the summary says why; what nobody expects to be a paper is counted. The source
     is never written to."""
-    files = {'deep.tex': '\\ifx' * 5000 + '\\fi' * 5000 + ' the text stays\n',
-             'crashed.tex': corpus(3) + '\0' * 999, 'binary.tex': 'x\0' * 999, 'empty.tex': '',
-             'HTML.tex': ' <html lang="en">', 'RTF.tex': '{\\rtf1', 'PDF.tex': '%PDF-1.5',
-             'PostScript.tex': '%!PS-Adobe-3.0', 'git_lfs.tex': 'version https://git-lfs.com',
-             '2101.00002': 'x', 'no.zip': 'x', 'no.TGZ': 'x', 'a.txt': 'x', 'x.png': '',
-             'y.PNG': ''}
-    for name, text in files.items():
+    for name, text in AMISS.items():
         (papers / name).write_text(text)
+    for kind, text in NO_LATEX.items():
+        (papers / f'{kind}.tex').write_text(text)
     (papers / 'cafe.tex').write_bytes(b'caf\xe9')
     (papers / 'cut.tar.gz').write_bytes(gzip.compress(b'x' * 9000)[:20])
-    before = {path: path.read_bytes() for path in papers.iterdir()}
-    os.symlink('..', papers / 'link')
+    (papers / 'link').symlink_to('..')
+    before = held(papers)
     result = run(*PREPARE)
-    assert before == {path: path.read_bytes() for path in papers.iterdir() if path.is_file()}
+    assert held(papers) == before
     for said in ('skipped: mine/empty.tex', 'skipped: mine/cut.tar.gz', 'mine/link (a link',
-                 '/2101.00002 (no', '/no.zip (no', '/no.TGZ (no', 'stripped: mine/deep.tex',
-                 '5 files, 12 skipped', 'not LaTeX: 2 .png, 1 .txt', '4 in utf-8, 1 in cp1252'):
+                 '/2101.00002 (no', '/no.TGZ (no', 'stripped: mine/deep.tex',
+                 '5 files, 11 skipped', 'not LaTeX: 2 .png, 1 .txt', '4 in utf-8, 1 in cp1252',
+                 *(f'skipped: mine/{kind}.tex ({kind}, not LaTeX)' for kind in NO_LATEX)):
         assert said in result.out
-    for kind in 'binary', 'HTML', 'RTF', 'PDF', 'PostScript', 'git_lfs':
-        assert f'skipped: mine/{kind}.tex ({kind}, not LaTeX)' in result.out
     assert 'the text stays' in result.text and 'html' not in result.text
 
 
@@ -318,16 +323,14 @@ def test_nothing_is_written_where_an_archive_says(run, papers):
     with zipfile.ZipFile('mine/x.zip', 'w') as archive:
         for name in '../../up.tex', os.path.abspath('abs.tex'):
             archive.writestr(name, corpus(3) + name)
-    with tarfile.open('mine/y.tar', 'w') as tar:
-        for kind in tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE:
-            link = tarfile.TarInfo('link.tex')
-            link.type, link.linkname = kind, '/etc/passwd'
-            tar.addfile(link)
-    Path('mine/z.gz').write_bytes(gzip.compress(bytes(2**27), 1))
+    Path('mine/bomb.gz').write_bytes(gzip.compress(bytes(2**27), 1))
+    for kind in b'1236xL':  # links, devices, and names that are said to be long
+        member = tarfile.TarInfo('a.tex')
+        member.type, member.linkname, member.size = bytes([kind]), '/etc/passwd', 2**32
+        Path(f'mine/{kind}.tar').write_bytes(member.tobuf())
     result = run(*PREPARE)
     assert 'root:' not in result.text and sorted(os.listdir()) == ['data', 'mine']
-    skipped = [row['path'] for row in result.sources if row['status'] == 'skipped']
-    assert skipped == ['mine/y.tar', 'mine/z.gz'] and len(result.papers) == 4
+    assert '4 files, 7 skipped' in result.out and result.out.count('what it says of its size') == 2
 
 
 # ------------------------------------------------------------------------------ text into tokens
@@ -336,22 +339,17 @@ AWKWARD = ['', 'x', 'Gau\u00df, Poincar\u00e9', '\U0001f600', 'a\r\nb', '\\', '\
            ' \t\n\n  x', '\\begin{a_1}^2$\\,$', '\u0394' * 100, '\\' + 'a' * 200, '%' * 99]
 
 
-@pytest.mark.parametrize('kind', gpt.TOKENIZERS.values())
-def test_decode_undoes_encode(kind):
+@pytest.mark.parametrize('kind, size', [
+    (CharTokenizer, 20), (WordTokenizer, 20), (BPETokenizer, 300)])
+def test_decode_undoes_encode(kind, size):
     """On whatever a tokenizer has learned; what it hasn't, only bytes can say."""
-    limited = kind.learn(PAPER, 300)
+    limited = kind.learn(PAPER, size)
+    assert len(limited.tokens) == size
     for text in AWKWARD:
         tokenizer = kind.learn(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
         again = limited.decode(limited.encode(text))
         assert again == text or '\ufffd' in again and kind is not BPETokenizer
-
-
-@pytest.mark.parametrize('kind', [CharTokenizer, WordTokenizer])
-def test_what_is_not_known_becomes_the_unknown_token(kind):
-    tokenizer = kind.learn('abc def')
-    assert tokenizer.decode(tokenizer.encode('abc\u00fc')) in ('abc\ufffd', '\ufffd')
-    assert len(kind.learn(PAPER, 20).tokens) == 20
 
 
 def test_bpe_merges_the_most_frequent_pair_as_counted():
@@ -380,30 +378,26 @@ def test_text_streams_by_whole_characters():
 
 
 def test_the_papers_that_come_along_come_back(run):
-    """Every file of papers/ goes through the cleaner, and each kind of tokenizer, learned on all
-    of it without a limit, gives it back."""
+    """Every file of papers/ goes through the cleaner, and the tokens say all of it."""
     result = run('prepare.py', f'--source={HERE}/papers', '--vocab_size=300')
     assert len(result.papers) == len(glob.glob(f'{HERE}/papers/*.tex'))
     assert {row['status'] for row in result.sources} == {'cleaned'}
     assert len(result.text) > 500_000 and '%' not in result.text.replace('\\%', '')
-    for kind in gpt.TOKENIZERS.values():
-        tokenizer = kind.learn(result.text)
-        assert tokenizer.decode(tokenizer.encode(result.text)) == result.text
+    assert result.tokens.decode(result.every) == result.text
 
 
 # ------------------------------------------------------------------------------ data and batches
 
 def test_the_data_set_is_described_and_split(run, papers):
     """The last tenth of the characters validates; the files are what meta says."""
-    result = run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
-    meta, text = json.loads(Path('data/mine/meta.json').read_text()), result.text
-    cut = int(0.9 * len(text))
-    for name, part in ('train', text[:cut]), ('val', text[cut:]):
+    result = run(*PREPARE, '--tokenizer=char')
+    meta = json.loads(Path('data/mine/meta.json').read_text())
+    cut = int(0.9 * len(result.text))
+    for name, part in ('train', result.text[:cut]), ('val', result.text[cut:]):
         data = Path(f'data/mine/{name}.bin').read_bytes()
         ids = struct.unpack(f'<{meta[name]["tokens"]}H', data)
         assert result.tokens.decode(ids) == part and meta[name]['characters'] == len(part)
-    for said in f'{len({*text})} different', repr(text[:60]), '--init_from=':
-        assert said in result.out
+    assert f'{len({*result.text})} different' in result.out and '--init_from=' in result.out
 
 
 def test_papers_are_in_an_order_that_no_name_changes(run, papers):
@@ -419,30 +413,26 @@ def test_papers_are_in_an_order_that_no_name_changes(run, papers):
 
 
 def test_validation_leaves_out_what_stands_in_training(run):
-    """A paragraph of the last part that stands before it but for a word and its line ends."""
-    paragraphs = ['\n'.join(corpus(seed, 4).split('\n')[1:-2]) for seed in range(100)]
-    again = paragraphs[0].replace('\n', ' ').replace('Let', 'Now let', 1)
-    Path('a.tex').write_text('\n\n'.join(paragraphs[:95] + [again] + paragraphs[95:]))
+    """A paragraph of the last part that stands before it but for a word and a line end."""
+    chance = random.Random(0)
+    paragraphs = [' '.join(chance.choices(WORDS, k=30)) for _ in range(100)]
+    again = 'Another\n' + paragraphs[0].partition(' ')[2]
+    Path('a.tex').write_text('\n\n'.join([*paragraphs, again]))
     result = run('prepare.py', '--source=a.tex', '--vocab_size=300')
     assert result.text == '\n\n'.join(paragraphs)
-    assert result.meta['left_out'] == len(again) + 2 and f'{len(again) + 2:,} of' in result.out
+    assert result.meta['left_out'] == len('\n\n' + again)
 
 
-def test_the_yardsticks_by_counting(run, papers):
-    """Bits per character of the three simplest models, a token at a time, and of xz."""
-    result = run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=word')
-    known, text = result.text[:result.cut], result.text[result.cut:]
-    train, val = result.tokens.encode(known), result.tokens.encode(text)
-    pairs, V, N, bits = [*zip(train, train[1:])], result.V, len(train), Counter()
-    for a, b in zip(train[-1:] + val, val):
-        bits['uniform'] -= math.log2(1 / V)
-        bits['unigram'] -= math.log2((train.count(b) + 1) / (N + V))
-        bits['bigram'] -= math.log2((pairs.count((a, b)) + 1) / (train.count(a) + V))
-    packed = lzma.compress(result.text.encode())
-    bits['xz'] = 8 * (len(packed) - len(lzma.compress(known.encode())))
-    for name, stick in result.meta['yardsticks'].items():
-        assert stick == pytest.approx(bits.pop(name) / len(text))
-    assert not bits
+def test_the_yardsticks_by_hand(run, papers):
+    """Of the text 0 1 0 and what follows it, 1 1: each 1 of two, two of five, 1/2 and then 1/3."""
+    result = run(*PREPARE)
+    bits = result.yardsticks([0, 1, 0], [1, 1], 2)
+    assert bits == pytest.approx(dict(uniform=2, unigram=2 * math.log2(5 / 2),
+                                      bigram=1 + math.log2(3)))
+    known, whole = (lzma.compress(text.encode()) for text in (result.train, result.text))
+    sticks, val = result.meta['yardsticks'], result.meta['val']
+    assert sticks['xz'] * val['characters'] == pytest.approx(8 * (len(whole) - len(known)))
+    assert sticks['uniform'] * val['characters'] == pytest.approx(val['tokens'] * math.log2(300))
 
 
 def test_a_swap_cut_short_is_put_right(run, papers):
@@ -464,52 +454,41 @@ def test_a_folder_that_holds_anything_else_is_never_replaced(run, papers):
     assert os.path.exists('data/x.old/work') and len(os.listdir('mine')) == 2
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_no_copy_of_a_paper(run, papers, monkeypatch, number):
+def test_a_signal_leaves_no_copy_of_a_paper(run, papers, monkeypatch):
     os.mkdir('temporary')
     monkeypatch.setattr(tempfile, 'tempdir', os.path.abspath('temporary'))
     monkeypatch.setattr(arxiv_latex_cleaner, 'run_arxiv_cleaner',
-                        lambda _: os.kill(os.getpid(), number))
-    run('prepare.py', '--source=mine', '--dataset=new', code=128 + number)
+                        lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    run(*PREPARE, code=128 + signal.SIGTERM)
     gc.collect()  # a process of its own would end here
-    assert os.listdir('temporary') == [] and os.listdir('data') == ['mine']
+    assert os.listdir('temporary') == []
 
 
-def test_batches_are_blocks_and_what_follows(run, papers):
-    """The target is one token later; four blocks of eight are 32 examples."""
-    result = run('train.py', *TINY, '--block_size=8', '--batch_size=4', '--max_iters=0')
-    ((x, y),), ((again, _),), ((other, _),) = map(result.get_batch, (7, 7, 8))
-    assert x.shape == y.shape == (4, 8)
-    stretches = result.train.unfold(0, 9, 1)  # every nine tokens that follow each other
-    for row, target in zip(x, y):
-        nine = torch.cat((row, target[-1:]))
-        assert torch.equal(nine[1:], target) and (stretches == nine).all(dim=1).any()
-    assert torch.equal(x, again) and not torch.equal(x, other)
+def test_a_walk_meets_no_block_twice(run, papers):
+    """And leaves out less than the blocks of a step, in another order each time. A batch is so
+    many blocks, and what follows each of their tokens."""
+    result = run('train.py', *TINY, '--max_iters=0')
+    walks, N = [result.walk(n).flatten() for n in range(2)], len(result.train)
+    for walk in walks:
+        places = walk.sort().values
+        assert (places.diff() % 16 == 0).all() and (places.diff() > 0).all()
+        assert 0 <= places[0] and places[-1] < N - 16 and len(walk) > N // 16 - 2 - 8
+    assert not torch.equal(walks[0].argsort(), walks[1].argsort())
+    places = torch.cat(walks)[:, None] + torch.arange(17)
+    both = result.train.long()[places]  # 16 tokens and one more
+    for i, eight in enumerate(both.split(8)):
+        (x, y), = result.get_batch(i)
+        assert torch.equal(x, eight[:, :-1]) and torch.equal(y, eight[:, 1:])
 
 
 def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
     """What is beyond its end counts for nothing."""
     Path('few.tex').write_text(corpus(5, 20))
     run('prepare.py', '--source=few.tex', '--dataset=mine', '--vocab_size=300')
-    result = run('train.py', *TINY, '--block_size=1024', '--batch_size=2')
-    (x, y), = result.get_batch(0)
-    assert x.shape == y.shape == (2, 1024) and (y >= 0).sum() == 2 * (len(result.train) - 1)
+    result = run('train.py', *TINY, '--block_size=1024', '--batch_size=1')
+    (_, y), = result.get_batch(0)
+    assert torch.equal(y[y >= 0], result.train[1:].long())
     assert result.log[-1]['val_loss'] < result.log[0]['val_loss']
-
-
-def test_a_walk_meets_no_block_twice(run, papers):
-    """And leaves out less than the blocks of a step; each walk has an order of its own."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
-    result = run('train.py', *TINY, '--max_iters=0')
-    first, second = (result.walk(n).flatten() for n in range(2))
-    for walk in first, second:
-        places = walk.sort().values
-        assert (places.diff() % 16 == 0).all() and (places.diff() > 0).all()
-        assert len(places) > (len(result.train) - 1) // 16 - 1 - 8
-        assert places[0] >= 0 and places[-1] + 16 < len(result.train)
-    assert not torch.equal(first.argsort(), second.argsort())
-    met = [result.get_batch(i)[0][0][:, 0] for i in range(len(first) // 8 + 1)]
-    assert torch.equal(torch.cat(met), result.train[torch.cat((first, second[:8]))].long())
 
 
 # ------------------------------------------------------------------------------ the bigram model
@@ -517,123 +496,112 @@ def test_a_walk_meets_no_block_twice(run, papers):
 def test_the_bigram_model_reaches_the_entropy_of_its_corpus(run, papers):
     """--n_layer=0 begins at ln V and ends at what counting pairs gives. A run that starts from the
     counts nearly begins there."""
-    run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char')
+    run(*PREPARE, '--tokenizer=char')
     how = ('--dataset=mine', '--n_layer=0', '--n_embd=64', '--block_size=64', '--batch_size=32',
            '--weight_decay=0', '--max_iters=400', '--eval_interval=400')
     result = run('train.py', *how, '--bigram_iters=0')
-    ids, V = result.train.long(), len(result.tokenizer.tokens)
-    pairs = torch.bincount(ids[:-1] * V + ids[1:], minlength=V * V).view(V, V)  # a, then b
-    p = pairs / pairs.sum(1, keepdim=True)
-    entropy = -(pairs * p.log()).nansum() / pairs.sum()
-    table = result.model(torch.arange(V)[:, None])[:, 0]  # (V, V): what follows each token
-    loss = F.cross_entropy(table[ids[:-1]], ids[1:])
+    ids, V = result.train.long(), len(result.learned.tokens)
+    a, b = ids[:-1], ids[1:]
+    pairs = torch.bincount(a * V + b, minlength=V * V).view(V, V)
+    entropy = F.cross_entropy(pairs.log()[a], b)  # the softmax of log n_ab is n_ab / n_a
+    loss = F.cross_entropy(result.model(a[:, None])[:, 0], b)
     assert entropy < loss < 1.01 * entropy and result.log[-1]['val_loss'] < 1.05 * entropy
     assert result.log[0]['val_loss'] == pytest.approx(math.log(V), abs=0.02)
     assert run('train.py', *how, '--max_iters=0').log[0]['val_loss'] < 1.2 * entropy
 
 
-def test_all_pairs_at_once_are_the_bigram_model(monkeypatch):
-    """The first gradient is that of the mean loss over the text, pair by pair; the end is what
-    counting gives; and where only the most frequent tokens are taken, they come first."""
-    torch.manual_seed(0)
-    ids = torch.randint(7, (5000,)) * torch.randint(2, (5000,)) + torch.arange(5000) % 3
-    model, seen = GPT(GPTConfig(10, n_layer=0, n_embd=16, n_head=1)), []
-    F.cross_entropy(model(ids[:-1, None])[:, 0], ids[1:]).backward()
-    expected = [w.grad.clone() for w in model.parameters()]
-    model.zero_grad()
-    with monkeypatch.context() as patch:
-        patch.setattr(gpt.Optimizer, 'step', lambda self, *_, **__: seen.extend(
-            w.grad.clone() for w in self.model.parameters()))
-        gpt.learn_pairs(model, ids, 1)
-    torch.testing.assert_close(seen, expected)
-    gpt.learn_pairs(model, ids, 300)
-    pairs, first = Counter(zip(ids.tolist(), ids[1:].tolist())), Counter(ids[:-1].tolist())
-    entropy = -sum(n * math.log(n / first[a]) for (a, _), n in pairs.items()) / (len(ids) - 1)
-    loss = F.cross_entropy(model(ids[:-1, None])[:, 0], ids[1:]).item()
-    assert entropy < loss < 1.01 * entropy
-    before = model.token.weight.detach().clone()
-    gpt.learn_pairs(model, ids, 1, most=20)  # two rows
-    changed = (model.token.weight != before).any(dim=1)
-    assert sorted(changed.nonzero().flatten().tolist()) == sorted(
-        a for a, _ in Counter(ids[:-1].tolist()).most_common(2))
+def test_all_pairs_at_once_are_the_bigram_model():
+    """Three steps are those by the mean loss over the text, pair by pair. Where only some tokens
+    are taken, they are the most frequent ones."""
+    model, other = small(n_layer=0), small(n_layer=0)
+    ids = torch.randint(11, (2, 5000)).amin(dim=0)  # 0 is the most frequent, then 1
+    optimizer = gpt.Optimizer(other, 0.02, table_rate=0.2, matrix_rate=0)
+    for t in 1, 2, 3:
+        other.zero_grad()
+        logits = other(ids[:-1, None])[:, 0]
+        F.cross_entropy(logits, ids[1:]).backward()
+        optimizer.step(t, share=t / 5)
+    gpt.learn_pairs(model, ids, 3)
+    assert_close([*model.parameters()], [*other.parameters()], atol=1e-4, rtol=0)
+    gpt.learn_pairs(model, ids, 1, most=22)  # two rows
+    changed = (model.token.weight - other.token.weight).abs().amax(dim=1) > 0.01
+    assert changed.nonzero().flatten().tolist() == [0, 1]
 
 
 # ------------------------------------------------------------------------------ attention
 
-def test_averaging_the_past_in_four_ways():
-    """Means in a loop, a triangular matrix, a softmax of masked zeros, and attention whose queries
-    and keys say nothing."""
-    x, zero, lower = torch.randn(5, 2), torch.zeros(5, 5), torch.ones(5, 5).tril()
-    loop = torch.stack([x[:t + 1].mean(0) for t in range(5)])
-    assert_close(lower / lower.sum(1, keepdim=True) @ x, loop)
-    assert_close(zero.where(lower > 0, -math.inf).softmax(-1) @ x, loop)
-    assert_close(gpt.attention(zero, zero, x, is_causal=True), loop)
+def test_queries_and_keys_that_say_nothing_average_the_past():
+    x, zero = torch.randn(5, 2), torch.zeros(5, 5)
+    means = x.cumsum(0) / torch.arange(1, 6)[:, None]
+    assert_close(gpt.attention(zero, zero, x, is_causal=True), means)
 
 
 def test_why_scores_are_divided_by_the_root_of_d_k():
     """Otherwise they have variance d_k, and a softmax of large numbers is a maximum."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1000, 64)
-    assert (q @ k.T).var().item() == pytest.approx(64, rel=0.05)
-    weights = gpt.attention_weights(q, k)  # whose logarithms are the scores, up to a constant
-    assert weights.log().var(-1).mean().item() == pytest.approx(1, rel=0.05)
-    assert (q @ k.T).softmax(-1).amax(-1).mean() > 0.5
-    assert weights.amax(-1).mean() < 0.05
+    scores = q @ k.T
+    assert scores.var().item() == pytest.approx(64, rel=0.05)
+    assert scores.softmax(-1).amax(-1).mean() > 0.5
+    assert gpt.attention_weights(q, k).amax(-1).mean() < 0.05
 
 
 @pytest.mark.parametrize('mask', [
-    dict(is_causal=True), {}, dict(attn_mask=torch.randn(9, 9)),
-    dict(attn_mask=torch.ones(9, 9, dtype=torch.bool).tril().triu(-3))])
+    {}, dict(is_causal=True), dict(attn_mask=torch.randn(9, 9)),
+    dict(attn_mask=torch.rand(9, 9) < 0.9)])
 def test_attention_is_torchs_own(mask):
     """With any mask that a fork may give it."""
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     theirs = F.scaled_dot_product_attention(q, k, v, **mask)
     assert_close(gpt.attention(q, k, v, **mask), theirs)
 
 
-def head(layer, h, n, turn=lambda x: x):
+def head(layer, h, n, turn=torch.clone):
     """Head h by itself, for n (T, C): its weights with a mask of -inf, its W_V and its W_O."""
-    D, T = layer.config.head_dim, len(n)
-    W_Q, W_K, W_V = (w.weight.view(-1, D, 16)[h].T for w in (layer.query, layer.key, layer.value))
-    q, k = turn(n @ W_Q), turn(n @ W_K)
+    T, D = len(n), layer.config.head_dim
+    rows = slice(h * D, h * D + D)
+    q = turn(n @ layer.query.weight[rows].T)
+    k = turn(n @ layer.key.weight[rows].T)
     mask = torch.full((T, T), -math.inf).triu(1)
-    weights = ((q @ k.mH).real / math.sqrt(D) + mask).softmax(-1)
-    return weights, W_V, layer.out.weight.view(16, -1, D)[:, h].T
+    weights = (q @ k.T / math.sqrt(D) + mask).softmax(-1)
+    return weights, layer.value.weight[rows].T, layer.out.weight[:, rows].T
 
 
 def test_attention_by_hand_a_head_at_a_time():
     """A share of the token before goes to each token, a table's row to each value; what the heads
     say, each through its own W_O, is summed."""
-    model, idx = small(position='none', n_layer=1, head_dim=6), torch.randint(11, (7,))
+    model, idx = small(position='none', head_dim=6), torch.tensor([1, 2, 3, 1, 0])
     layer, seen = model.blocks[0].attention, []
-    layer.register_forward_hook(lambda _, inputs, y: seen.extend((inputs[0][0], y[0])))
+    layer.register_forward_hook(lambda _, inputs, y: seen.extend([inputs[0], y]))
     model(idx[None])
     x = model.token(idx)
-    before = torch.cat((torch.zeros(1, 16), x[:-1]))
-    n, total = F.layer_norm(x + model.smear * before, [16]), 0
+    x[1:] += model.smear * x[:-1].clone()
+    n, total = F.layer_norm(x, [16]), 0
     for h, table in enumerate(layer.value_table(idx).chunk(2, dim=1)):
         weights, W_V, W_O = head(layer, h, n)
         total = total + weights @ (n @ W_V + table) @ W_O
-    assert_close(seen, [n, total])
+    assert_close(seen, [n[None], total[None]])
 
 
 def turned(x):
     """x (T, D) at its positions, as complex numbers: times e^(i t / 10000^(2j/D))."""
     T, D = x.shape
-    angle = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, D, 2) / D))
-    return torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    speed = 10_000.0 ** (-torch.arange(0, D, 2) / D)
+    angle = torch.outer(torch.arange(T), speed)
+    z = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag), -1)
 
 
 def test_rotary_positions_are_relative():
     """Inner products of rotated vectors depend on the distance alone."""
     torch.manual_seed(0)
     turn, x = gpt.rotation(200, 8), torch.randn(200, 8)
-    right = turned(x)
-    assert_close(gpt.rotate(x, *turn), torch.cat((right.real, right.imag), -1))
-    q, k = (gpt.rotate(y.expand(200, 8), *turn) for y in x[:2])  # one vector at each position
+    assert_close(gpt.rotate(x, *turn), turned(x))
+    q = gpt.rotate(x[0].expand(200, 8), *turn)  # one vector at each position
+    k = gpt.rotate(x[1].expand(200, 8), *turn)
     scores = q @ k.T
-    assert_close(scores[1:, 1:], scores[:-1, :-1], atol=1e-4, rtol=0)
+    one, next = scores[:-1, :-1], scores[1:, 1:]
+    assert_close(one, next, atol=1e-4, rtol=0)
     assert abs(scores[5, 2] - scores[6, 2]) > 1e-3
 
 
@@ -655,60 +623,48 @@ def test_the_two_sources_count_the_same_parameters():
 
 
 def test_n_params_by_counting():
-    """In a hundred shapes."""
-    chance = random.Random(0)
-    most = dict(vocab_size=40, block_size=9, n_layer=3, n_head=4, n_embd=30, mlp_dim=9)
-    switches = 'norm_weights', 'bias', 'tied', 'value_embeddings', 'smear'
-    for _ in range(100):
-        config = GPTConfig(
-            **{name: chance.randint(name != 'n_layer', n) for name, n in most.items()},
-            **{name: chance.random() < 0.5 for name in switches},
-            head_dim=2 * chance.randint(1, 5), position=chance.choice(gpt.POSITIONS))
+    """Whatever is switched on or off."""
+    names = 'norm_weights', 'bias', 'tied', 'value_embeddings', 'smear'
+    shape = dict(vocab_size=40, block_size=9, n_head=4, head_dim=6, n_embd=31, mlp_dim=7)
+    on_or_off = [[False, True]] * len(names)
+    for n_layer, position, *on in itertools.product([0, 3], gpt.POSITIONS, *on_or_off):
+        config = GPTConfig(n_layer=n_layer, position=position, **shape, **dict(zip(names, on)))
         assert config.n_params == sum(p.numel() for p in GPT(config).parameters())
 
 
 @pytest.mark.parametrize('position', gpt.POSITIONS)
 def test_the_future_changes_nothing(position):
-    """Causality: another token t leaves all logits before t as they are, and changes later."""
-    model, idx = small(position=position), torch.randint(11, (1, 16))
-    before = model(idx)[0]
-    for t in (1, 7, 15):
-        other = idx.clone()
-        other[0, t] = (other[0, t] + 1) % 11
-        after = model(other)[0]
-        assert torch.equal(after[:t], before[:t])
-        assert not torch.allclose(after[t:], before[t:])
+    """Causality: another token leaves all logits before it as they are, and changes all others."""
+    idx = torch.randint(11, (1, 16)).repeat(2, 1)
+    idx[:, 7] = torch.tensor([1, 2])
+    one, other = small(position=position)(idx)
+    assert_close(one[:7], other[:7])
+    assert not torch.isclose(one[7:], other[7:]).all(dim=1).any()
 
 
 @pytest.mark.parametrize('position', gpt.POSITIONS)
 def test_positions_matter(position):
     """Without them, exchanging two tokens of the past changes nothing for what follows."""
-    model = small(position=position, smear=False, n_layer=1)
-    one, other = model(torch.tensor([[1, 2, 3, 4, 5], [2, 1, 3, 4, 5]]))[:, -1]
+    idx = torch.tensor([[1, 2, 3, 4, 5], [2, 1, 3, 4, 5]])
+    one, other = small(position=position, smear=False, n_layer=1)(idx)[:, -1]
     assert torch.allclose(one, other, atol=1e-6) == (position == 'none')
-
-
-@pytest.mark.parametrize('changes', [dict(n_layer=0), {}, dict(bias=True, norm_weights=True)])
-def test_the_first_loss_is_ln_V(changes):
-    torch.manual_seed(0)
-    x, y = torch.randint(2048, (2, 8, 64))
-    logits = GPT(GPTConfig(2048, **changes))(x)
-    loss = F.cross_entropy(logits.mT, y).item()
-    assert loss == pytest.approx(math.log(2048), rel=0.02)
 
 
 @pytest.mark.parametrize('activation', gpt.ACTIVATIONS)
 def test_a_batch_is_learned_by_heart(activation):
+    """From ln V on, as if all tokens were alike."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(20, block_size=16, n_embd=32, n_layer=1, activation=activation))
     optimizer = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02)
     x, y = torch.randint(20, (2, 4, 16))
+    losses = []
     for t in range(1, 61):
         model.zero_grad()
         loss = F.cross_entropy(model(x).mT, y)
         loss.backward()
         optimizer.step(t)
-    assert loss.item() < 0.05
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(20), rel=0.02) and losses[-1] < 0.05
 
 
 def test_every_activation_is_another():
@@ -736,23 +692,23 @@ def test_cached_generation_is_recomputation(changes):
 
 def test_a_cache_that_holds_tokens_takes_one_more_at_a_time():
     """Several at once would see each other's future; too many have no place."""
-    model, cache, idx = small(), gpt.Cache(), torch.arange(4)[None]
-    whole = model(idx)
-    assert_close(model(idx[:, :2], cache), whole[:, :2])
-    with pytest.raises(AssertionError, match='one more at a time'):
-        model(idx[:, 2:], cache)
-    for t in 2, 3:
-        assert_close(model(idx[:, t:t + 1], cache)[:, 0], whole[:, t])
+    model, cache, idx = small(), gpt.Cache(), torch.zeros(1, 17, dtype=torch.long)
     with pytest.raises(AssertionError, match='block_size=16'):
-        model(idx.expand(5, 4).reshape(1, 20))
+        model(idx)
+    model(idx[:, :2], cache)
+    with pytest.raises(AssertionError, match='one more at a time'):
+        model(idx[:, :2], cache)
 
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
 @pytest.mark.parametrize('how, right', [
-    ({}, P), (dict(temperature=0.5), P**2), (dict(top_k=2), P * (P > 0.2)),
-    (dict(top_p=0.9), P * (P > 0.1)), (dict(temperature=0), P > 0.4), (dict(top_k=1), P > 0.4)])
+    ({}, P),
+    (dict(temperature=0.5), P**2),
+    (dict(top_k=2), P * (P > 0.2)),
+    (dict(top_p=0.9), P * (P > 0.1)),
+    (dict(temperature=0), P > 0.4)])
 def test_sampling_follows_the_probabilities(how, right):
     """temperature divides the logits, top_k and top_p keep what they say, equal ones together."""
     torch.manual_seed(0)
@@ -766,85 +722,46 @@ def test_sampling_follows_the_probabilities(how, right):
 
 # ------------------------------------------------------------------------------ the optimizer
 
-def by_svd(G, steps):
-    """U f(S) V^T, f being so many steps of the polynomial; and f(S)."""
+def by_svd(G, steps=3):
+    """U f(S) V^T for G = U S V^T, f being so many steps of the polynomial."""
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    s = S / S.norm(dim=-1, keepdim=True)
+    s = S / S.norm()
     for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return U @ torch.diag_embed(s) @ Vh, s[S > 0.01 * S.norm()]
+    return U @ s.diag() @ Vh
 
 
-@pytest.mark.parametrize('n, m', [(32, 32), (16, 64), (64, 16)])
-def test_newton_schulz_goes_to_the_polar_factor(n, m):
-    """Singular vectors stay, singular values come near 1: compared with the SVD."""
-    torch.manual_seed(0)
-    G = torch.randn(3, n, m)
-    right, values = by_svd(G, steps=5)
-    assert_close(gpt.orthogonalize(G, steps=5), right, atol=1e-4, rtol=0)
-    assert (values > 0.6).all() and (values < 1.3).all()
-
-
-def walk(optimizer, steps, other):
-    """Take steps by random gradients; let `other` take them too."""
-    torch.manual_seed(0)
-    for t in range(1, steps + 1):
-        for w in optimizer.model.parameters():
-            w.grad = torch.randn_like(w)
-        other()
-        optimizer.step(t)
+def test_newton_schulz_brings_singular_values_near_1():
+    G = torch.randn(3, 16, 64)
+    values = torch.linalg.svdvals(gpt.orthogonalize(G, steps=5))
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 @pytest.mark.parametrize('muon', [True, False])
-def test_the_rest_walks_as_torchs_adamw(muon):
-    """Twenty steps, weight decay and all, each kind of parameter at its rate."""
-    model = small(bias=True, norm_weights=True)
-    ours = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02, weight_decay=0.3,
-                         muon=muon)
-    pairs, groups = [], []
-    for module in model.modules():
-        for w in module.parameters(recurse=False):
-            matrix = isinstance(module, nn.Linear) and w.dim() == 2
-            if muon and matrix and module is not model.head:
-                continue
-            table = muon and isinstance(module, nn.Embedding)
-            pairs.append((w, w.detach().clone()))
-            groups.append(dict(params=pairs[-1][1:], lr=0.1 if table else 0.01))
-    theirs = torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.3)
-
-    def torchs():
-        for a, b in pairs:
-            b.grad = a.grad
+def test_each_kind_of_parameter_walks_by_its_rule(muon):
+    """Matrices by Muon's, with the SVD; tables and all else as torch's AdamW has it. Without muon
+    that takes all, at one rate."""
+    shape = dict(bias=True, norm_weights=True, position='learned', mlp_dim=40)
+    model, twin = small(**shape), small(**shape)
+    ours = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02, momentum=0.9,
+                         weight_decay=0.3, matrix_decay=0.1, muon=muon)
+    matrices = [m.weight for m in twin.blocks.modules() if muon and isinstance(m, nn.Linear)]
+    tables = [m.weight for m in twin.modules() if muon and isinstance(m, nn.Embedding)]
+    others = set(twin.parameters()).difference(matrices, tables)
+    rates = dict(params=tables, lr=0.1), dict(params=[*others], lr=0.01)
+    theirs = torch.optim.AdamW(rates, betas=(0.8, 0.99), weight_decay=0.3)
+    means = [torch.zeros_like(w) for w in matrices]
+    for t in range(1, 11):
+        for a, b in zip(model.parameters(), twin.parameters()):
+            a.grad = b.grad = torch.randn_like(a)
+        ours.step(t)
         theirs.step()
-
-    walk(ours, 20, torchs)
-    for a, b in pairs:
-        assert_close(a, b, atol=1e-6, rtol=1e-6)
-
-
-def test_matrices_walk_by_muons_rule():
-    """Against a plain loop, a matrix at a time; and torch.optim.Muon, which rounds to bfloat16."""
-    model = small(mlp_dim=40)
-    ours = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    plain, theirs = ([w.detach().clone() for w in ours] for _ in range(2))
-    means = [torch.zeros_like(w) for w in ours]
-    torchs = None
-    if hasattr(torch.optim, 'Muon'):
-        torchs = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.9, ns_steps=3)
-
-    def by_hand():
-        for a, w, mean, b in zip(ours, plain, means, theirs):
-            b.grad, (n, m) = a.grad, w.shape
-            mean += 0.1 * (a.grad - mean)
-            X, _ = by_svd(0.9 * mean + 0.1 * a.grad, steps=3)
-            w -= 0.02 * (0.1 * w + max(1, n / m) ** 0.5 * X)
-        if torchs:
-            torchs.step()
-
-    walk(gpt.Optimizer(model, 0.01, 0.1, 0.02, momentum=0.9, matrix_decay=0.1), 4, by_hand)
-    assert_close(ours, plain, atol=1e-5, rtol=1e-5)
-    if torchs:
-        assert_close(ours, theirs, atol=0.05, rtol=0)
+        for w, mean in zip(matrices, means):
+            mean += 0.1 * (w.grad - mean)
+            X = by_svd(0.9 * mean + 0.1 * w.grad)
+            n, m = w.shape
+            w.data -= 0.02 * (0.1 * w.data + max(1, n / m) ** 0.5 * X)
+    assert_close([*model.parameters()], [*twin.parameters()], atol=1e-5, rtol=0)
 
 
 def test_a_run_needs_nothing_of_torch_optim(run, papers):
@@ -1059,56 +976,29 @@ def test_the_docstrings_examples():
     assert doctest.testmod(gpt).failed == 0
 
 
-def in_papers():
-    """The text of each paper that comes along, by name."""
-    return {path.stem: path.read_text(encoding='utf-8') for path in HERE.glob('papers/*.tex')}
-
-
 def test_the_programs_names_in_the_papers_stand_in_it():
     """Each \\code{...} with an underscore, a dot or a capital in it."""
-    scripts = 'gpt.py', 'train.py', 'sample.py', 'prepare.py'
-    code = ''.join((HERE / name).read_text(encoding='utf-8') for name in scripts)
-    files = {path.name for path in [*HERE.glob('*'), *HERE.glob('[!.]*/*')]}
-    for paper, text in in_papers().items():
-        for name in re.findall(r'\\code\{((?:[^{}\\]|\\.)*)\}', text):
-            name = re.sub(r'\\([_%&#$])', r'\1', name)
-            if re.search('[_.A-Z]', name) and '\\' not in name:
-                assert name in code or name in files, f'{paper}: {name}'
+    scripts = [HERE / f'{name}.py' for name in ('gpt', 'train', 'sample', 'prepare')]
+    known = [path.name for path in [*HERE.glob('*'), *HERE.glob('[!.]*/*')]]
+    known = '\n'.join(known + [path.read_text('utf-8') for path in scripts])
+    for path in HERE.glob('papers/*.tex'):
+        for name in re.findall(r'\\code\{((?:[^{}\\]|\\[_%&#$])*)\}', path.read_text('utf-8')):
+            if re.search('[_.A-Z]', name):
+                assert name.replace('\\', '') in known, path
 
 
 def test_numbers_in_the_papers_are_the_programs():
-    """Fragments of papers, and what the program or torch says of the numbers in them."""
-    def count(model, part=''):
-        return sum(w.numel() for name, w in model.named_parameters() if part in name)
-
-    def default(V=2048, n_layer=3, n_embd=96, **changes):
-        return GPTConfig(V, n_layer=n_layer, n_embd=n_embd, **changes).n_params
-
-    original, ln_V = GPT(GPTConfig(**ORIGINAL)), math.log(99)
-    N, plain = count(original), dict(value_embeddings=False, smear=False)
-    values = torch.linalg.svdvals(gpt.orthogonalize(torch.tensor([[3., 0.], [4., 5.]])))
-    papers = in_papers()
-    for paper, fragment, *right in [
-            ('generalization', '6{,}917{,}216', 32 * N),
-            ('scaling', '216{,}163', N),
-            ('scaling', '1{,}296{,}978', 6 * N),
-            ('scaling', '1{,}314{,}912', default()),
-            ('scaling', '589{,}824', default() - default(value_embeddings=False)),
-            ('scaling', '1{,}042{,}432', default(2000, 4, 128, tied=True, **plain)),
-            ('attention', 'Attention has $65{,}792$', count(original, '.attention.')),
-            ('vectors', '6{,}336', count(original, 'token')),
-            ('vectors', '6{,}435', count(original, 'head')),
-            ('positions', '$4096$', count(original, 'place')),
-            ('residual', '4.60779', ln_V + 64 * 0.02**2 / 2 * (1 - 1 / 99)),
-            ('markov', 'between $4.595$ and $4.608$', ln_V, ln_V + 64 * 0.02**2 / 2),
-            ('compression', '$864{,}652$', 4 * N),
-            ('muon', '$0.6819$ and $1.0414$ after three steps', *sorted(values.tolist()))]:
-        assert fragment in ' '.join(papers[paper].split()), fragment
-        written = re.findall(r'\d+\.?\d*', fragment.replace('{,}', ''))
-        digits = [len(number.partition('.')[2]) for number in written]
-        assert written == [f'{x:.{n}f}' for x, n in zip(right, digits)], fragment
-    assert r'10\rb} are twelve:' in papers['tokens']
-    assert len([*gpt.pieces(r'\frac{1}{2}\,x^{10}')]) == 12
+    """Parameters of the original and of the default, and a singular value after three steps."""
+    original, default = GPTConfig(**ORIGINAL), GPTConfig(2048, n_layer=3, n_embd=96)
+    heads = [block.attention.parameters() for block in GPT(original).blocks]
+    G = torch.tensor([[3., 0.], [4., 5.]])
+    for paper, number in (
+            ('scaling', f'{original.n_params:,}'),
+            ('scaling', f'{default.n_params:,}'),
+            ('attention', f'{sum(w.numel() for head in heads for w in head):,}'),
+            ('muon', f'${torch.linalg.svdvals(gpt.orthogonalize(G))[0]:.4f}$')):
+        text = (HERE / f'papers/{paper}.tex').read_text('utf-8')
+        assert number.replace(',', '{,}') in text
 
 
 # ------------------------------------------------------------------------------ seeing it think
@@ -1397,11 +1287,11 @@ def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, monkeyp
 
 
 def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, monkeypatch):
-    before = {path: path.read_bytes() for path in Path('data/mine').iterdir()}
+    before = held('data/mine')
     full(monkeypatch, lambda call: call == 2)
     write_papers(a=9)
     run(*PREPARE, code=2)
-    assert {path: path.read_bytes() for path in Path('data/mine').iterdir()} == before
+    assert held('data/mine') == before
 
 
 def test_a_folder_that_vanished_is_made_again(run, papers, monkeypatch):
@@ -1469,46 +1359,44 @@ def opened(path):
     """The header and the numbers of a checkpoint, by the format's description."""
     data = Path(path).read_bytes()
     size, = struct.unpack('<Q', data[:8])
-    return json.loads(data[8:8 + size]), data[8 + size:]
+    header = json.loads(data[8:8 + size])
+    texts = header['__metadata__']
+    header['__metadata__'] = {name: json.loads(texts[name]) for name in texts}
+    return header, data[8 + size:]
 
 
 def closed(path, header, numbers):
     """Write a checkpoint by the format's description."""
-    text = json.dumps(header).encode()
+    saved = header['__metadata__']
+    texts = {name: json.dumps(saved[name]) for name in saved}
+    text = json.dumps({**header, '__metadata__': texts}).encode()
     Path(path).write_bytes(struct.pack('<Q', len(text)) + text + numbers)
 
 
 def parsed(path):
     """What was saved in a checkpoint, and lists of numbers by name."""
     header, numbers = opened(path)
-    saved = {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
-    tensors, reached = {}, 0
+    saved, tensors = header.pop('__metadata__'), {}
     for name, entry in header.items():
-        n, (begin, end) = math.prod(entry['shape']), entry['data_offsets']
-        assert begin == reached and end == begin + 4 * n and entry['dtype'] == 'F32'
+        begin, end = entry['data_offsets']
+        n = math.prod(entry['shape'])
+        assert entry['dtype'] == 'F32'
         tensors[name] = [*struct.unpack(f'<{n}f', numbers[begin:end])]
-        reached = end
-    assert reached == len(numbers)
     return saved, tensors
 
 
-@pytest.mark.parametrize('changes', [{}, dict(tied=True, bias=True), dict(n_layer=0)])
-def test_a_checkpoint_is_a_safetensors_file(tmp_path, changes):
+def test_a_checkpoint_is_a_safetensors_file(tmp_path):
     """Read and written by a parser of the format's description; a tied table stands there once."""
-    model, tokenizer, path = small(**changes), CharTokenizer.learn('abcdefghij'), tmp_path / 'x'
-    flat = {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    path, idx = tmp_path / 'x', torch.tensor([[1, 2, 3]])
+    model, tokenizer = small(tied=True), CharTokenizer.learn('abcdefghij')
     gpt.save(path, model, tokenizer, step=3, state={'mean': torch.ones(2)})
     saved, tensors = parsed(path)
     assert saved['step'] == 3 and tensors.pop('optimizer.mean') == [1, 1]
-    assert tensors == flat and sum(map(len, flat.values())) == model.config.n_params
-    header, numbers = opened(path)
-    assert path.stat().st_size % 8 == len(numbers) % 8  # the header is filled up with blanks
-    del header['optimizer.mean']
-    closed(path, header, b''.join(struct.pack(f'<{len(row)}f', *row) for row in flat.values()))
+    assert tensors == {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    closed(path, *opened(path))
     again, known, saved = gpt.load(path)
-    idx = torch.tensor([[1, 2, 3]])
-    assert torch.equal(again(idx), model(idx)) and saved['state'] == {} and saved['step'] == 3
-    assert known.encode('jabba') == tokenizer.encode('jabba')
+    assert torch.equal(again(idx), model(idx)) and known.learned == tokenizer.learned
+    assert saved['step'] == 3 and saved['state']['mean'].tolist() == [1, 1]
 
 
 def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
@@ -1530,11 +1418,9 @@ def change(data, row):
 
 DOUBLING = [[97, 97]] + [[256 + i, 256 + i] for i in range(43)]  # a token of 2^44 bytes
 HOSTILE = [
-    'config/n_layer=1000000000', 'config/vocab_size=1000000000000', 'config/n_embd=-16',
-    'config/block_size=1000000000000', 'config/block_size="x"', 'config/block_size=16.5',
-    'config/position="left"', 'config/dropout=2.0', 'config/colour=1', 'config/n_layer=0',
-    'config/bias=true', 'tokenizer=["no", []]', 'tokenizer=["bpe", [[97, 98]]]',
-    f'tokenizer=["bpe", {DOUBLING}]', f'tokenizer=["bpe", {[[999, 1]] * 44}]',
+    'config/n_layer=1000000000', 'config/block_size=1000000000000', 'config/n_embd=-16',
+    'config/block_size="x"', 'config/position="left"', 'config/colour=1', 'config/n_layer=0',
+    'tokenizer=["no", []]', 'tokenizer=["bpe", [[97, 98]]]', f'tokenizer=["bpe", {DOUBLING}]',
     'token.weight/data_offsets=[4, 19204]', 'token.weight/dtype="BF16"',
     'token.weight/shape=[16, 300]', 'token.weight/shape=[3, 3]']
 DAMAGED = [
@@ -1545,11 +1431,8 @@ def spoil(row):
     """Change one thing in both checkpoints of out."""
     for path in 'out/last.safetensors', 'out/ckpt.safetensors':
         header, numbers = opened(path)
-        text = header.pop('__metadata__')
-        saved = {name: json.loads(text[name]) for name in text}
         with suppress(KeyError):  # a model has no state
-            change(header if row.startswith(('token.', 'optimizer.')) else saved, row)
-        header['__metadata__'] = {name: json.dumps(saved[name]) for name in saved}
+            change(header if '.weight' in row else header['__metadata__'], row)
         closed(path, header, numbers)
 
 
@@ -1568,22 +1451,22 @@ def test_a_damaged_state_is_not_resumed(base, run, row):
     assert 'resumed' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
 
 
-@pytest.mark.parametrize('what', ['cut', 'long', 'nan', 'inf'])
-def test_numbers_that_are_none_are_refused(base, run, what):
-    """Cut, longer than the header says, not finite."""
+@pytest.mark.parametrize('bad', [-math.inf, math.nan])
+def test_numbers_that_are_none_are_refused(base, run, bad):
+    """And too few of them, and too many."""
     header, numbers = opened('out/ckpt.safetensors')
-    closed('out/ckpt.safetensors', header, {
-        'cut': numbers[:-4], 'long': numbers + bytes(4),
-        'nan': b'\0\0\xc0\x7f' + numbers[4:], 'inf': b'\0\0\x80\x7f' + numbers[4:]}[what])
-    assert 'no checkpoint' in run('sample.py', code=2).err
+    bad = struct.pack('<f', bad)
+    for others in bad + numbers[4:], numbers[4:], bytes(4) + numbers:
+        closed('out/ckpt.safetensors', header, others)
+        assert 'no checkpoint' in run('sample.py', code=2).err
 
 
-@pytest.mark.parametrize('data', [b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))])
+@pytest.mark.parametrize('data', ['', '[]', '{', '[' * 200_000, '\xff'])
 def test_what_is_no_json_is_refused(base, run, data):
     """As a checkpoint's header, as a checkpoint, and as what describes a data set."""
-    path = Path('out/ckpt.safetensors')
+    data = data.encode('latin-1')
     for whole in data, struct.pack('<Q', len(data)) + data:
-        path.write_bytes(whole)
+        Path('out/ckpt.safetensors').write_bytes(whole)
         assert 'no checkpoint' in run('sample.py', code=2).err
     Path('data/mine/meta.json').write_bytes(data)
     assert 'prepare.py' in run('train.py', *TINY, '--out_dir=new', code=2).err
@@ -1591,7 +1474,7 @@ def test_what_is_no_json_is_refused(base, run, data):
 
 @pytest.mark.parametrize('row', [
     'tokenizer="x"', 'tokenizer/kind="no"', f'tokenizer/learned={DOUBLING}', 'val=[]', 'train={}',
-    'train=null', 'tokenizer={"kind": "char", "learned": ["a", "a"]}', 'yardsticks={}'])
+    'tokenizer={"kind": "char", "learned": ["a", "a"]}', 'yardsticks={}'])
 def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
     path = Path('data/mine/meta.json')
     meta = json.loads(path.read_text())
@@ -1602,11 +1485,10 @@ def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
 def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
-    """A part that's short of what meta.json says, empty, or gone."""
+    """A part that's short of what meta.json says, or gone."""
     path = Path('data/mine', name)
-    for size in path.stat().st_size - 1, 0:
-        os.truncate(path, size)
-        assert name in run('train.py', *TINY, code=2).err
+    path.write_bytes(path.read_bytes()[:-1])
+    assert name in run('train.py', *TINY, code=2).err
     path.unlink()
     assert name in run('train.py', *TINY, code=2).err
 
@@ -1629,136 +1511,48 @@ def test_two_processes_walk_the_path_of_one(run, papers):
 
 # ------------------------------------------------------------------------------ the torture
 
-FAST = *TINY, '--threads=1', '--dropout=0.1', '--batch_size=4'
-
-
 def done(*command):
     code, out = ended(start(*command))
     assert code == 0, out
-    return out
-
-
-def whole(folder):
-    """Both checkpoints load, no row of the log is torn."""
-    for path in glob.glob(f'{folder}/*.safetensors'):
-        gpt.load(path)
-    for path in glob.glob(f'{folder}/log.csv'):
-        assert all(row.count(',') == 6 for row in Path(path).read_text().splitlines())
 
 
 def torture_kill(n=100):
     """Killed at n moments, saving among them, every run ends bit for bit as if never stopped."""
     chance, kills, last = random.Random(0), 0, 'out/last.safetensors'
-    for round, kind in enumerate(3 * [*gpt.TOKENIZERS], 1):
-        for folder in glob.glob('out*'):
-            shutil.rmtree(folder)
-        done(*PREPARE, f'--tokenizer={kind}')
-        settings = *FAST, '--max_iters=300', '--eval_interval=1'
-        began = time.time()
-        done('train.py', *settings, '--out_dir=out.whole')
-        most, unfinished = time.time() - began, True
-        while unfinished or kills < round * n / 9:
-            if not unfinished:
-                shutil.rmtree('out')
-            how = ['--init_from=resume'] if os.path.exists(last) else settings
-            process = start('train.py', *how)
-            try:
-                process.communicate(timeout=chance.uniform(0.2, 0.5) * most)
-                same_walk(last, 'out.whole/last.safetensors')
-                unfinished = False
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                unfinished, kills = True, kills + 1
-                whole('out')
-    return f'{kills} kills, all runs ended the same'
-
-
-def torture_prepare(n=30):
-    """Killed anywhere, the next start finds one whole data set."""
-    for i in range(n):
-        write_papers(a=i)
-        process = start(*PREPARE)
-        time.sleep(random.Random(i).uniform(1, 3))
-        process.kill()
-        process.communicate()
-        assert ended(start('prepare.py', '--source=nowhere', '--dataset=mine'))[0] == 2
-        done('train.py', *FAST, '--max_iters=0', f'--out_dir=p{i}')
-        assert not glob.glob('data/*.*')
-    return f'{n} kills'
-
-
-def torture_ranks():
-    """torchrun with a rank killed ends all ranks, and leaves whole files and no lock."""
-    def children():
-        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
-        return [int(child) for child in found.stdout.split()]
-
-    for victim in 0, 1:
-        folder = f'--out_dir=ranks{victim}'
-        process = start('train.py', *FAST, '--max_iters=1000000', '--eval_interval=20', folder,
-                        launcher=TWO)
-        time.sleep(20)
-        os.kill(children()[victim], signal.SIGKILL)
-        assert ended(process)[0] and not children()
-        whole(f'ranks{victim}')
-        assert parsed(f'ranks{victim}/last.safetensors')[0]['step'] > 0
-        done('train.py', '--init_from=resume', folder, '--max_iters=1')
-    return 'all ranks ended'
-
-
-def torture_bombs():
-    """10 GB of zeros in a gz, a tar.gz (its file, its header) and a zip: skipped in seconds, in
-    bounded memory."""
-    import resource  # there is none on Windows
-    os.mkdir('bombs')
-    zeros = gzip.compress(bytes(2**26), 1)  # such parts of a gzip follow each other
-    for name, kind in (('x.gz', None), ('x.tar.gz', tarfile.REGTYPE), ('y.tgz', tarfile.XHDTYPE),
-                       ('z.tgz', tarfile.GNUTYPE_LONGNAME)):
-        head = tarfile.TarInfo('a.tex')
-        head.size, head.type = 10 * 2**30, kind
-        start = gzip.compress(head.tobuf() if kind else b'x')
-        Path('bombs', name).write_bytes(start + 160 * zeros)
-    with zipfile.ZipFile('bombs/x.zip', 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
-        for i in range(10):
-            bomb.writestr(f'{i}.tex', bytes(2**30))
-    names = os.listdir('bombs')
-    Path('bombs/a.tex').write_text(corpus())
-    out = done('prepare.py', '--source=bombs', '--dataset=bombs', '--vocab_size=300')
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    most //= 2**20 if sys.platform == 'darwin' else 2**10
-    assert 'read         1 files' in out and most < 800, (out, most)
-    assert all(f'bombs/{name}' in out for name in names), out
-    return f'skipped, at most {most} MB'
+    settings = *TINY, '--max_iters=300', '--eval_interval=1', '--threads=1'
+    began = time.time()
+    done('train.py', *settings, '--out_dir=whole')
+    most = time.time() - began
+    while kills < n or os.path.exists('out'):
+        how = ['--init_from=resume'] if os.path.exists(last) else settings
+        process = start('train.py', *how)
+        try:
+            process.communicate(timeout=chance.uniform(0.2, 0.5) * most)
+            same_walk(last, 'whole/last.safetensors')
+            shutil.rmtree('out')
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            for path in glob.glob('out/*.safetensors'):
+                gpt.load(path)
 
 
 def torture_long():
-    """20,000 steps and tokens take no more memory than 2,000."""
-    def memory(*command):  # at most, in kB
-        process = start(*command)
-        threading.Thread(target=process.stdout.read).start()
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        return usage.ru_maxrss
-
-    for command in ('train.py', *FAST, '--eval_interval=1000', '--out_dir=long', '--max_iters='), (
-            'sample.py', '--out_dir=long', '--max_new_tokens='):
-        *how, last = command
-        few, many = (memory(*how, f'{last}{n}') for n in (2000, 20_000))
-        assert many < few + 30_000, (few, many)
-    return 'none'
+    """20,000 steps take no more memory than 2,000."""
+    import resource  # there is none on Windows
+    peaks = []
+    for n in 2000, 20_000:
+        done('train.py', *TINY, f'--max_iters={n}', '--eval_interval=1000')
+        peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
-def torture():
-    """All that takes minutes, in a folder of its own: python test_gpt.py --torture"""
+if __name__ == '__main__' and '--torture' in sys.argv:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_papers(a=1, b=2)
         done(*PREPARE)
-        for name, function in list(globals().items()):
-            if name.startswith('torture_'):
-                print(f'{function.__doc__.strip()}\n    {function()}', flush=True)
-
-
-if __name__ == '__main__' and '--torture' in sys.argv:
-    torture()
+        for torture in torture_kill, torture_long:
+            print(torture.__doc__, flush=True)
+            torture()
