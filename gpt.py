@@ -29,7 +29,7 @@ import signal
 import sys
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 # Before torch is loaded: a thread that has waited for a while leaves its core to others.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -215,10 +215,6 @@ class GPTConfig:
     smear: bool = True
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            # an int may stand for a float or a bool
-            assert isinstance(value, (field.type, int)), f'{field.name} cannot be {value!r}'
         assert self.n_head > 0, 'n_head is at least 1'
         assert self.head_dim or self.n_embd % self.n_head == 0, (
             f'n_embd={self.n_embd} is no multiple of n_head={self.n_head}; or set head_dim')
@@ -247,27 +243,23 @@ class GPTConfig:
         return token + self.n_layer * block + head
 
 
-def attention_weights(q, k, attn_mask=None, is_causal=False):
+def attention_weights(q, k, is_causal=False):
     """softmax(Q K^T / sqrt(d_k)) of equation (1) in [1]: (B, H, T, D) twice to (B, H, T, T).
 
-    Row t says how much token t looks at each token. The mask is what keeps it from looking ahead:
-    where a mask of booleans is False the weight is 0; a mask of numbers is added to the scores.
+    Row t says how much token t looks at each token. If it is causal, it looks at none after t.
     Why the root: if entries of q and k are independent of variance 1, q k^T has variance d_k, and
     the softmax of such large numbers is nearly 0 or 1 and hardly learns.
     """
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
     if is_causal:
-        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.where(attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
+        past = torch.ones_like(scores, dtype=torch.bool).tril()
+        scores = scores.where(past, -math.inf)
     return scores.softmax(dim=-1)
 
 
-def attention(q, k, v, **mask):
+def attention(q, k, v, is_causal=False):
     """Equation (1) in [1]: each token takes a mean of the values, (B, H, T, D) to the same."""
-    return attention_weights(q, k, **mask) @ v
+    return attention_weights(q, k, is_causal) @ v
 
 
 # What the model runs: the same function by torch, which never makes the (T, T) matrix whole.

@@ -447,9 +447,9 @@ def document(texts):
 if attention:
     layers = []  # of each the weights, (H, T, T)
 
-    def watched(q, k, v, **mask):
-        layers.append(rounded(gpt.attention_weights(q, k, **mask)[0], 4))
-        return gpt.attention(q, k, v, **mask)
+    def watched(q, k, v, is_causal):
+        layers.append(rounded(gpt.attention_weights(q, k, is_causal)[0], 4))
+        return gpt.attention(q, k, v, is_causal)
 
     gpt.fused_attention = watched
     ids = torch.tensor(prompt[-256:], device=device)  # what a page can show
