@@ -235,7 +235,7 @@ class GPTConfig:
         """The exact number of parameters."""
         V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
         norm = 2 * C * self.norm_weights
-        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings
+        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings + HD * self.smear
         mlp = 2 * C * M + (M + C) * self.bias
         block = norm + attention + norm + mlp
         token = V * C + C * self.smear + self.block_size * C * (self.position == 'learned')
@@ -287,7 +287,7 @@ class Cache:
 
     def __init__(self):
         self.length = 0  # tokens so far
-        self.last = None  # the vector of the last one, (B, 1, C), for smear
+        self.last = {}  # of the last one its vector and each layer's key, (B, 1, ...), for smear
         self.keys, self.values = {}, {}  # of each layer, (B, H, length, D)
 
     def append(self, layer, k, v):
@@ -297,6 +297,17 @@ class Cache:
             v = torch.cat((self.values[layer], v), dim=2)
         self.keys[layer], self.values[layer] = k, v
         return k, v
+
+
+def smeared(x, share, name, cache):
+    """To each of x (B, T, C) a share, learned for each channel, of the one before it. So the first
+    block knows pairs, and a query can look for what stood before a token. The idea is that of the
+    smeared keys in arXiv:2209.11895. What a cache knows by this name stands before the first."""
+    before = torch.zeros_like(x[:, :1])
+    if cache:
+        before = cache.last.get(name, before)
+        cache.last[name] = x[:, -1:]
+    return x + share * torch.cat((before, x[:, :-1]), dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -314,12 +325,16 @@ class SelfAttention(nn.Module):
             # What a token says wherever it stands. From modded-nanogpt (Koszarsky 2024), after an
             # idea in arXiv:2410.17897, which adds the first layer's values to those of later ones.
             self.value_table = nn.Embedding(config.vocab_size, HD)
+        if config.smear:
+            self.smear = nn.Parameter(torch.zeros(HD))
 
     def forward(self, x, idx, turn, cache):
         c, (B, T, _) = self.config, x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H D) each
         if c.value_embeddings:
             v = v + self.value_table(idx)
+        if c.smear:
+            k = smeared(k, self.smear, self.layer, cache)
         q = q.view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
         v = v.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
@@ -397,12 +412,9 @@ class GPT(nn.Module):
         assert start == 0 or T == 1, 'a cache that holds tokens takes one more at a time'
         assert start + T <= c.block_size, f'more than block_size={c.block_size} tokens'
 
-        x = token = self.token(idx)  # (B, T, C)
+        x = self.token(idx)  # (B, T, C)
         if c.smear:
-            # To each token a share, learned for each channel, of the one before it: so the first
-            # block knows pairs. The idea is that of the smeared keys in arXiv:2209.11895.
-            before = cache.last if start else torch.zeros_like(token[:, :1])  # (B, 1, C)
-            x = x + self.smear * torch.cat((before, token[:, :-1]), dim=1)
+            x = smeared(x, self.smear, 'token', cache)
         if c.position == 'learned':
             x = x + self.place.weight[start:start + T]
         x = F.dropout(x, c.dropout, self.training)
@@ -411,7 +423,6 @@ class GPT(nn.Module):
             x = block(x, idx, turn, cache)
         if cache:
             cache.length += T
-            cache.last = token[:, -1:]
         return self.head(self.norm(x))  # (B, T, V)
 
 

@@ -8,7 +8,6 @@ Text from a trained model, as a paper too; a proof-reader; and two pages that sh
     python sample.py --start='Let $X$ be' --attention=attention.html
     python sample.py --text=paper.tex --page=paper.html
 """
-import itertools
 import math
 import os
 import re
@@ -16,11 +15,11 @@ import unicodedata
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 
 import gpt
 from gpt import UNKNOWN, fail, generate, load, override, pick_device, quiet, write_page
 import torch
-import torch.nn.functional as F
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'  # the folder of the run
@@ -39,10 +38,8 @@ tex = ''  # a file to write (.tex): the texts as a document that compiles
 # -------------------------------------------------------------------------------------------------
 config = override(globals(), num_samples=(1, 10_000), temperature=100, top_p=1.0)
 quiet()
-if page and not text:
-    fail(f'--page={page} shows a text: name its file with --text=FILE')
-if tex and (attention or text):
-    fail(f'--tex={tex} is for what the model writes: leave out --attention and --text')
+if page and not text or tex and (attention or text):
+    fail('--page goes with --text=FILE; --tex goes without --text and --attention')
 for name, ending in (attention, '.html'), (page, '.html'), (tex, '.tex'):
     if name and not name.endswith(ending):
         fail(f'{name}: the name of this file has to end in {ending}')
@@ -60,70 +57,63 @@ model, tokenizer, saved = load(os.path.join(out_dir, 'ckpt.safetensors'))
 device, window = pick_device(device), model.config.block_size
 model.to(device).eval()
 if start.startswith('FILE:'):
-    start = contents('start', start[len('FILE:'):])
-prompt = (tokenizer.encode(start) or tokenizer.encode('\n'))[-window:]
+    start = contents('start', start[5:])
+prompt = torch.tensor(tokenizer.encode(start) or tokenizer.encode('\n'))[-window:]  # (T,)
 
 
 @torch.inference_mode()
 def read(ids):
-    """What the model thinks of a text (N,): the surprise in bits at each token but the first,
-    (N - 1,); and after each token the five likeliest to follow, and how likely, (N, 5) each.
+    """What the model thinks of a text (N,): the surprise in bits at each token, (N,), with 0 for
+    the first; and after each token the five likeliest to follow, each with its p, (N, 5, 2).
 
-    A text that is longer than the window is read in windows, half of each being what came before.
+    The model reads half a window at a time, after the half that came before.
     """
-    rows, half = [], (window + 1) // 2
-    for i in range(0, max(1, len(ids) - window + half), half):
-        done = window - half if i else 0  # places that the window before has read
-        log_p = model(ids[None, i:i + window])[0, done:].float().log_softmax(dim=-1).cpu()
-        follow = ids[i + done + 1:i + window + 1].cpu()
-        surprise = F.nll_loss(log_p[:len(follow)], follow, reduction='none') / math.log(2)
-        p, likeliest = log_p.exp().topk(min(5, log_p.size(-1)))
-        rows.append([surprise, likeliest, p])
-    return [torch.cat(column) for column in zip(*rows)]
+    bits, likely, half = [torch.zeros(1)], [], (window + 1) // 2
+    for at in range(0, len(ids), half):
+        begin = max(0, at + half - window)
+        logits = model(ids[None, begin:at + half].to(device))[0, at - begin:]
+        p = logits.cpu().double().softmax(dim=-1)
+        follow = ids[at + 1:at + half + 1]
+        bits.append(-p[torch.arange(len(follow)), follow].log2())
+        most, token = p.topk(min(5, p.size(-1)))
+        likely.append(torch.stack((token, most), dim=-1))
+    return torch.cat(bits), torch.cat(likely)
 
 
-def rounded(x, digits):
-    return torch.round(x.double(), decimals=digits).tolist()
-
-
-def show(path, ids, bits, likeliest, p, **more):
-    """Write the page of a text that was read."""
-    likely = [[*zip(likeliest, p)] for likeliest, p in zip(likeliest.tolist(), rounded(p, 4))]
+def show(path, ids, bits, likely, **more):
+    """Write the page of a text that was read, or of as much as a browser can take."""
+    ids, bits, likely = ids[:2**16], bits[:2**16], likely[:2**16]
     tokens = [token.decode('utf-8', 'backslashreplace') for token in tokenizer.tokens]
     try:
-        write_page(path, ids=ids.tolist(), bits=[0, *rounded(bits, 2)], likely=likely,
-                   tokens=tokens, **more)
+        write_page(path, ids=ids.tolist(), bits=bits.round(decimals=2).tolist(),
+                   likely=likely.round(decimals=4).tolist(), tokens=tokens, **more)
     except OSError as error:
         fail(f'{path}: {error}')
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
 
 
 # -------------------------------------------------------------------------------------------------
-# The proof-reader: what surprises a model that knows an author's papers may be a slip
+# The proof-reader: a slip surprises a model that knows an author's papers
 
 HIDDEN = re.compile(r"""
-    (?: \A | \\end\{document\} ) .*? \\begin\{document\}       # a preamble
-  | \\end\{document\} .*                                       # what stands behind the end
-  | (?<!\\) % [^\n]*                                           # a comment
-  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}     # a name
+    (?: \A | \\end\{document\} ) .*? \\begin\{document\}     # a preamble
+  | \\end\{document\} .*                                     # what stands behind the end
+  | % [^\n]*                                                 # a comment
+  | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \1 \}     # code
+  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}   # a name
 """, re.VERBOSE | re.DOTALL)
-WORD = re.compile(r'(?<!\\)\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words, lower-case words
-PASSAGE = re.compile(r'\S.*?(?=\n\s*\n|\Z)', re.DOTALL)
+WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words and lower-case words
+
+# Two braces or two dollars of one paragraph, with none in between. In a formula no word stands
+# before another word, nor at the end.
+PAIR = re.compile(r"""
+    \{ (?: (?! \n\s*\n ) [^{}$] )* \}
+  | \$ (?: (?! \n\s*\n | (?<![\\A-Za-z]) [a-z]{2,} \s+ [a-z$] ) [^{}$] )* \$
+""", re.VERBOSE)
 
 
-def line(at):
-    return content.count('\n', 0, at) + 1
-
-
-def saving(at, end, better):
-    """How many bits fewer the model needs where `better` stands in place of content[at:end]."""
-    bits = []
-    for middle in content[at:end], better:
-        near = content[max(0, at - 200):at] + middle + content[end:end + 80]
-        ids = torch.tensor(tokenizer.encode(near), device=device)
-        surprise, *_ = read(ids)
-        bits.append(surprise.sum().item())
-    return bits[0] - bits[1]
+def hide(match):
+    return re.sub(r'\S', '.', match.group())
 
 
 def shortened(word):
@@ -132,41 +122,24 @@ def shortened(word):
     return {word, *(word[:i] + word[i + 1:] for i in range(len(word)))}
 
 
-def misspelt(bits):
-    """The words that stand once, the likeliest slips first; token i has bits[i].
+def misspelt(prose, ends, bits):
+    """The words that stand once, the likeliest slips first. Token i ends at ends[i], has bits[i].
 
-    A word counts as much as half of its bits, and the bits that it would save if it were another
-    one that is a slip away: one of the text's, or a token.
+    Expected is the word a slip away that stands most often, n times. The more often, the likelier
+    is the slip: it weighs bits * log(3 + n), where 3 was found by trying.
     """
     times = Counter(WORD.findall(prose))
-    tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
-    known = {*times, *WORD.findall(tokens)}
-    near = {word: shortened(word) for word in known}
+    near = {word: shortened(word) for word in times}
     slips = []
     for match in WORD.finditer(prose):
-        word, at, end = match.group(), match.start(), match.end()
-        if times[word] > 1:
-            continue
-        first, last = bisect(ends, at), bisect(ends, end - 1)
-        needed = sum(bits[first:last + 1])
-        others = [other for other in known - {word} if near[other] & near[word]]
-        gains = [(saving(at, end, other), other) for other in others]
-        gain, expected = max([(0, ''), *gains])
-        slips.append(dict(at=first, line=line(at), word=word, bits=needed, expected=expected,
-                          weight=gain + needed / 2))
-    return sorted(slips, key=lambda slip: -slip['weight'])
-
-
-def unpaired():
-    """The brace or dollar that a paragraph lacks, where it saves most bits: (at, sign) each."""
-    for match in PASSAGE.finditer(prose):
-        signs = Counter(re.findall(r'(?<!\\)[{}$]', match.group()))
-        start, end = match.span()
-        places = start, *ends[bisect(ends, start):bisect(ends, end)]
-        if signs['{'] > signs['}']:
-            yield max(places, key=lambda at: saving(at, at, '}')), '}'
-        if signs['$'] % 2:
-            yield max(places, key=lambda at: saving(at, at, '$')), '$'
+        word, (at, end) = match.group(), match.span()
+        if times[word] == 1:
+            others = [other for other in near if near[other] & near[word] and other != word]
+            expected = max(others, key=times.get, default='another word')
+            first, last = bisect(ends, at), bisect(ends, end - 1)
+            slips.append(dict(at=first, line=prose.count('\n', 0, at) + 1, word=word,
+                              bits=bits[first:last + 1].sum().item(), expected=expected))
+    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(3 + times[slip['expected']]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -445,56 +418,61 @@ def document(texts):
 # What was asked for
 
 if attention:
+    ids = prompt[-256:]  # what a page can show
+    bits, likely = read(ids)
     layers = []  # of each the weights, (H, T, T)
 
     def watched(q, k, v, is_causal):
-        layers.append(rounded(gpt.attention_weights(q, k, is_causal)[0], 4))
+        weights = gpt.attention_weights(q, k, is_causal)[0].double()
+        layers.append(weights.round(decimals=4).tolist())
         return gpt.attention(q, k, v, is_causal)
 
     gpt.fused_attention = watched
-    ids = torch.tensor(prompt[-256:], device=device)  # what a page can show
-    show(attention, ids, *read(ids), kind='attention', layers=layers,
+    model(ids[None].to(device))
+    show(attention, ids, bits, likely, kind='attention', layers=layers,
          title=f'What the model sees in {len(ids)} tokens')
 
 elif text:
-    ids = torch.tensor(tokenizer.encode(contents('text', text)), device=device)
-    counted = ids[1:].tolist()
-    if not counted:
+    content = contents('text', text)
+    ids = tokenizer.encode(content)
+    if len(ids) < 2:
         fail(f'--text={text}: too short to be scored')
-    bits, *likely = read(ids)
-    characters = len(tokenizer.decode(counted))
-    title = f'{text}: {bits.double().sum() / characters:.3f} bits per character'
-    print(f'{title} (of {characters:,}, in {len(counted):,} tokens, '
-          f'{counted.count(tokenizer.ids.get(UNKNOWN)):,} of them unknown, after the first token)')
+    units = tokenizer.stream(ids) if tokenizer.kind == 'bpe' else tokenizer.split(content)
+    ends = [*accumulate(map(len, units))]  # where each token ends in the text
+    unknown = ids.count(tokenizer.ids.get(UNKNOWN))
+    ids = torch.tensor(ids)
+    bits, likely = read(ids)
+    title = f'{text}: {bits.sum() / (len(content) - ends[0]):.3f} bits per character'
+    print(f'{title} ({len(content):,} characters, {len(ids):,} tokens, {unknown:,} unknown)')
 
-    content = tokenizer.decode(ids.tolist())
-    ends = [*itertools.accumulate(map(len, tokenizer.stream(ids.tolist())))]  # of each token
-    prose = HIDDEN.sub(lambda match: '%' * len(match.group()), content)
-    words = misspelt([0, *bits.tolist()])
+    plain = re.sub(r'\\[^\sA-Za-z@]', '..', content)  # without \{ and the like
+    prose = HIDDEN.sub(hide, plain)
+    words = misspelt(prose, ends, bits)[:100]
     for slip in words[:20]:
-        expected = slip['expected'] or 'another word'
-        print(f"line {slip['line']}: {slip['word']}, {slip['bits']:.0f} bits; expected {expected}")
-    for at, sign in unpaired():
-        print(f'line {line(at)}: no {sign} after {content[max(0, at - 30):at]!r}?')
+        print('line {line}: {word}, {bits:.0f} bits; expected {expected}'.format(**slip))
+    while PAIR.search(prose):
+        prose = PAIR.sub(hide, prose)
+    for number, line in enumerate(prose.split('\n'), 1):
+        if signs := re.findall('[{}$]', line):
+            print(f'line {number}: {" ".join(signs)} without a partner')
     if page:
-        some = 2**16  # what a browser can take
-        hidden = [[bisect(ends, at) for at in match.span()] for match in HIDDEN.finditer(content)]
-        show(page, ids[:some], bits[:some - 1], *(x[:some] for x in likely), kind='text',
-             title=title, quiet=hidden, words=[slip for slip in words[:100] if slip['at'] < some])
+        hidden = [[bisect(ends, at) for at in match.span()] for match in HIDDEN.finditer(plain)]
+        show(page, ids, bits, likely, kind='text', title=title, quiet=hidden, words=words)
 
 else:
-    idx = torch.tensor([prompt], device=device).expand(num_samples, -1)
     chance = torch.Generator(device).manual_seed(seed)
-    columns = generate(model, idx, max_new_tokens, temperature=temperature, top_k=top_k,
-                       top_p=top_p, generator=chance)
     texts = []
-    for n, copy in enumerate(itertools.tee(columns, num_samples)):  # the first text as it comes
-        print('\n' + '-' * 80 + '\n' if n else '', start, sep='', end='')
+    for n in range(num_samples):
+        if n:
+            print('-' * 80)
+        print(start, end='')
         texts.append(start)
-        for piece in tokenizer.stream(int(column[n]) for column in copy):
+        tokens = generate(model, prompt[None].to(device), max_new_tokens, temperature=temperature,
+                          top_k=top_k, top_p=top_p, generator=chance)
+        for piece in tokenizer.stream(token.item() for token in tokens):  # as it comes
             print(piece, end='', flush=True)
             texts[n] += piece
-    print()
+        print()
     if tex:
         try:
             gpt.write(tex, document(texts).encode())
