@@ -95,11 +95,12 @@ def show(path, ids, bits, likely, **more):
 # The proof-reader: a slip surprises a model that knows an author's papers
 
 HIDDEN = re.compile(r"""
-    (?: \A | \\end\{document\} ) .*? \\begin\{document\}     # a preamble
-  | \\end\{document\} .*                                     # what stands behind the end
-  | % [^\n]*                                                 # a comment
-  | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \1 \}     # code
-  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}   # a name
+    (?: \A | \\end\{document\} ) .*? \\begin\{document\}          # a preamble
+  | \\end\{document\} .*                                          # what stands behind the end
+  | % [^\n]*                                                      # a comment
+  | \\verb ([^\w\s]) [^\n]*? \1                                   # code
+  | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \2 \}
+  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}        # a name
 """, re.VERBOSE | re.DOTALL)
 WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words and lower-case words
 
@@ -122,12 +123,14 @@ def shortened(word):
 
 
 def misspelt(prose, ends, bits):
-    """The words that stand once, the likeliest slips first. Token i ends at ends[i], has bits[i].
+    """The words that stand once and are no tokens, the likeliest slips first. Token i ends at
+    ends[i] and has bits[i].
 
-    Expected is the word a slip away that stands most often, n times. The more often, the likelier
-    is the slip: it weighs bits * log(3 + n), where 3 was found by trying.
+    Expected is the word a slip away that stands most often, n times in the text or as a token.
+    The more often, the likelier is the slip: a word weighs its bits times log(2 + n).
     """
-    times = Counter(WORD.findall(prose))
+    tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
+    times = Counter(WORD.findall(f'{prose}\n{tokens}'))
     near = {word: shortened(word) for word in times}
     slips = []
     for match in WORD.finditer(prose):
@@ -138,7 +141,7 @@ def misspelt(prose, ends, bits):
             first, last = bisect(ends, at), bisect(ends, end - 1)
             slips.append(dict(at=first, line=prose.count('\n', 0, at) + 1, word=word,
                               bits=bits[first:last + 1].sum().item(), expected=expected))
-    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(3 + times[slip['expected']]))
+    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(2 + times[slip['expected']]))
 
 
 # -------------------------------------------------------------------------------------------------
