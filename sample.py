@@ -49,8 +49,8 @@ def contents(path):
     try:
         with open(os.path.expanduser(path), encoding='utf-8-sig', errors='replace') as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        fail(f'{path}: {error}')
+    except OSError as error:
+        fail(error)
 
 
 model, tokenizer, saved = load(os.path.join(out_dir, 'ckpt.safetensors'))
