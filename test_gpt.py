@@ -1244,7 +1244,7 @@ def test_a_misspelt_word_is_found_and_what_was_expected(run, tmp_path, word):
 
 @pytest.mark.parametrize('sign, left', ['}{', '$$'])
 def test_a_missing_brace_or_dollar_is_found(run, tmp_path, sign, left):
-    """By the line of the one that is left; in whole text, with escaped ones in it, there is none."""
+    """By the line of the sign that is left; whole text, with escaped signs in it, has none."""
     proof_reader(SENTENCE * 20)
     whole = SENTENCE + '\\$ 5 \\} \\\\% } $\n$\\text{if $a$ is even}$\n\n'
     (tmp_path / 'whole.tex').write_text(whole * 2)
