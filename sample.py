@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import gpt
-from gpt import UNKNOWN, fail, generate, load, override, pick_device, quiet, write_page
+from gpt import fail, generate, load, override, pick_device, quiet, write_page
 import torch
 
 # -------------------------------------------------------------------------------------------------
@@ -45,20 +45,20 @@ for name, ending in (attention, '.html'), (page, '.html'), (tex, '.tex'):
         fail(f'{name}: the name of this file has to end in {ending}')
 
 
-def contents(setting, path):
+def contents(path):
     try:
         with open(os.path.expanduser(path), encoding='utf-8-sig', errors='replace') as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        fail(f'--{setting}={path}: {error}')
+    except OSError as error:
+        fail(error)
 
 
 model, tokenizer, saved = load(os.path.join(out_dir, 'ckpt.safetensors'))
 device, window = pick_device(device), model.config.block_size
 model.to(device).eval()
 if start.startswith('FILE:'):
-    start = contents('start', start[5:])
-prompt = torch.tensor(tokenizer.encode(start) or tokenizer.encode('\n'))[-window:]  # (T,)
+    start = contents(start[5:])
+prompt = torch.tensor(tokenizer.encode(start or '\n'))[-window:]  # (T,)
 
 
 @torch.inference_mode()
@@ -81,8 +81,7 @@ def read(ids):
 
 
 def show(path, ids, bits, likely, **more):
-    """Write the page of a text that was read, or of as much as a browser can take."""
-    ids, bits, likely = ids[:2**16], bits[:2**16], likely[:2**16]
+    """Write the page of a text that was read."""
     tokens = [token.decode('utf-8', 'backslashreplace') for token in tokenizer.tokens]
     try:
         write_page(path, ids=ids.tolist(), bits=bits.round(decimals=2).tolist(),
@@ -96,11 +95,12 @@ def show(path, ids, bits, likely, **more):
 # The proof-reader: a slip surprises a model that knows an author's papers
 
 HIDDEN = re.compile(r"""
-    (?: \A | \\end\{document\} ) .*? \\begin\{document\}     # a preamble
-  | \\end\{document\} .*                                     # what stands behind the end
-  | % [^\n]*                                                 # a comment
-  | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \1 \}     # code
-  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}   # a name
+    (?: \A | \\end\{document\} ) .*? \\begin\{document\}          # a preamble
+  | \\end\{document\} .*                                          # what stands behind the end
+  | % [^\n]*                                                      # a comment
+  | \\verb ([^\w\s]) [^\n]*? \1                                   # code
+  | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \2 \}
+  | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}        # a name
 """, re.VERBOSE | re.DOTALL)
 WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words and lower-case words
 
@@ -123,12 +123,14 @@ def shortened(word):
 
 
 def misspelt(prose, ends, bits):
-    """The words that stand once, the likeliest slips first. Token i ends at ends[i], has bits[i].
+    """The words that stand once and are no tokens, the likeliest slips first. Token i ends at
+    ends[i] and has bits[i].
 
-    Expected is the word a slip away that stands most often, n times. The more often, the likelier
-    is the slip: it weighs bits * log(3 + n), where 3 was found by trying.
+    Expected is the word a slip away that stands most often, n times in the text or as a token.
+    The more often, the likelier is the slip: a word weighs its bits times log(2 + n).
     """
-    times = Counter(WORD.findall(prose))
+    tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
+    times = Counter(WORD.findall(f'{prose}\n{tokens}'))
     near = {word: shortened(word) for word in times}
     slips = []
     for match in WORD.finditer(prose):
@@ -139,7 +141,7 @@ def misspelt(prose, ends, bits):
             first, last = bisect(ends, at), bisect(ends, end - 1)
             slips.append(dict(at=first, line=prose.count('\n', 0, at) + 1, word=word,
                               bits=bits[first:last + 1].sum().item(), expected=expected))
-    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(3 + times[slip['expected']]))
+    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(2 + times[slip['expected']]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -433,17 +435,16 @@ if attention:
          title=f'What the model sees in {len(ids)} tokens')
 
 elif text:
-    content = contents('text', text)
-    ids = tokenizer.encode(content)
+    content = contents(text)
+    ids = torch.tensor(tokenizer.encode(content))
     if len(ids) < 2:
         fail(f'--text={text}: too short to be scored')
-    units = tokenizer.stream(ids) if tokenizer.kind == 'bpe' else tokenizer.split(content)
-    ends = [*accumulate(map(len, units))]  # where each token ends in the text
-    unknown = ids.count(tokenizer.ids.get(UNKNOWN))
-    ids = torch.tensor(ids)
     bits, likely = read(ids)
+    bpe = tokenizer.kind == 'bpe'
+    units = tokenizer.stream(ids.tolist()) if bpe else tokenizer.split(content)
+    ends = [*accumulate(map(len, units))]  # where each token ends in the text
     title = f'{text}: {bits.sum() / (len(content) - ends[0]):.3f} bits per character'
-    print(f'{title} ({len(content):,} characters, {len(ids):,} tokens, {unknown:,} unknown)')
+    print(f'{title} (of {len(content):,}, in {len(ids):,} tokens)')
 
     plain = re.sub(r'\\[^\sA-Za-z@]', '..', content)  # without \{ and the like
     prose = HIDDEN.sub(hide, plain)
@@ -461,15 +462,14 @@ elif text:
 
 else:
     chance = torch.Generator(device).manual_seed(seed)
-    texts = []
+    texts = [start] * num_samples
     for n in range(num_samples):
         if n:
             print('-' * 80)
         print(start, end='')
-        texts.append(start)
         tokens = generate(model, prompt[None].to(device), max_new_tokens, temperature=temperature,
                           top_k=top_k, top_p=top_p, generator=chance)
-        for piece in tokenizer.stream(token.item() for token in tokens):  # as it comes
+        for piece in tokenizer.stream(map(int, tokens)):  # as it comes
             print(piece, end='', flush=True)
             texts[n] += piece
         print()

@@ -930,8 +930,8 @@ def test_nothing_trained_is_overwritten(base, run):
     sample.py --text=nowhere.tex -> nowhere.tex
     sample.py --text=file -> too short
     sample.py --attention=no/where.html -> no/where.html
-    sample.py --start=FILE: -> start
-    sample.py --start=FILE:mine -> start'''.strip().splitlines()])
+    sample.py --start=FILE: -> No such file
+    sample.py --start=FILE:mine -> mine'''.strip().splitlines()])
 def test_what_a_user_gets_wrong_ends_with_one_line(run, base, command, hint):
     Path('file').write_text('x')
     assert hint in run(*command.split(), code=2).err
@@ -959,6 +959,7 @@ def test_every_prompt_is_gone_on_from(run, papers, kind):
     gpt.save('ckpt.safetensors', small(vocab_size=len(tokenizer.tokens)), tokenizer)
     for start in '', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null', '\udcff':
         assert run('sample.py', '--out_dir=.', '--max_new_tokens=20', f'--start={start}').out
+    assert 'nwhere' in run('sample.py', '--out_dir=.', '--start=FILE:no\nwhere', code=2).err
     run('prepare.py', '--source=mine', '--dataset=\udcff')  # a name of such bytes
 
 
@@ -1054,9 +1055,9 @@ def test_the_score_of_a_text(run, block_size):
         Path('text.tex').write_text(text)
         result = run('sample.py', '--text=text.tex', '--page=t.html')
         ids, bits = torch.tensor(tokenizer.encode(text)), [0]
-        for t in range(1, length):  # place t - 1 is read in window n, which begins at n * new
-            n = max(0, -(-(t - block_size) // new))
-            p = model(ids[None, n * new:t])[0, -1].softmax(-1)
+        for t in range(1, length):  # place t - 1 is one of those that end at `end`
+            end = (t - 1) // new * new + new
+            p = model(ids[None, max(0, end - block_size):t])[0, -1].softmax(-1)
             bits.append(-p[ids[t]].log2().item())
         assert f'{sum(bits) / (length - 1):.3f} bits per character' in result.out
         assert numbers('t.html')['bits'] == pytest.approx(bits, abs=0.006)
@@ -1126,16 +1127,16 @@ def test_a_misspelt_word_is_found_and_what_was_expected(run, tmp_path, word):
     assert not ranked & {'commment', 'atricle', 'behidn', 'compact'}
 
 
-@pytest.mark.parametrize('sign', '}$')
-def test_a_missing_brace_or_dollar_is_found(run, tmp_path, sign):
-    """In the paragraph that lacks it; an escaped one is none, and whole text has none."""
+@pytest.mark.parametrize('sign, left', ['}{', '$$'])
+def test_a_missing_brace_or_dollar_is_found(run, tmp_path, sign, left):
+    """By the line of the sign that is left; whole text, with escaped signs in it, has none."""
     proof_reader(SENTENCE * 20)
-    whole = SENTENCE + '\\$ 5 \\} % } $\n\n'
+    whole = SENTENCE + '\\$ 5 \\} \\\\% } $\n$\\text{if $a$ is even}$\n\n'
     (tmp_path / 'whole.tex').write_text(whole * 2)
     (tmp_path / 'a.tex').write_text(whole + SENTENCE.replace(sign, '', 1) + whole)
-    assert ': no ' not in run('sample.py', '--text=whole.tex').out
-    found = [line for line in run('sample.py', '--text=a.tex').out.splitlines() if ': no ' in line]
-    assert len(found) == 1 and found[0].startswith(f'line 5: no {sign} after ')
+    assert 'partner' not in run('sample.py', '--text=whole.tex').out
+    out = run('sample.py', '--text=a.tex').out.splitlines()
+    assert [line for line in out if 'partner' in line] == [f'line 6: {left} without a partner']
 
 
 # ------------------------------------------------------------------------------ the dream
