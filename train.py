@@ -36,7 +36,7 @@ data_dir = 'data'  # the folder of data sets
 dataset = 'papers'  # the data set
 init_from = 'scratch'  # scratch, resume, or the path of a checkpoint to finetune
 # how long
-max_iters = 900  # steps
+max_iters = 600  # steps
 max_minutes = 0.0  # if above 0, this many minutes in place of max_iters
 eval_interval = 0  # steps from one evaluation to the next, 0 for twenty in a run
 # the batch of one step
@@ -49,14 +49,14 @@ n_head = 2  # heads of self-attention (H)
 n_embd = 96  # channels (C)
 head_dim = 0  # dimension of a head (D), 0 for n_embd / n_head
 mlp_dim = 0  # width of the MLP (M), 0 for 4 n_embd
-dropout = 0.2  # share of channels left out at random, against learning by heart
+dropout = 0.1  # share of channels left out at random, against learning by heart
 position = 'rotary'  # rotary, learned or none
 norm_weights = False  # weights and biases in layer normalization
 activation = 'relu2'  # relu2, relu or gelu
 bias = False  # biases in linear maps
 tied = False  # one table for tokens and head
 value_embeddings = True  # a table for the values of each layer
-smear = True  # a share of the token before added to each
+smear = True  # a share of the one before is added to each token and to each key
 bigram_iters = 15  # iterations in which table and head learn the counts of pairs, 0 for none
 # the optimizer
 optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) or adamw
