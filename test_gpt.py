@@ -1312,7 +1312,7 @@ def test_a_second_run_in_the_same_folder_stops(base, run):
     before = Path('out/last.safetensors').read_bytes()
     other = subprocess.Popen([sys.executable, '-c', """if True:
         import sqlite3
-        lock = sqlite3.connect('out.lock')
+        lock = sqlite3.connect('out/.lock')
         lock.execute('BEGIN EXCLUSIVE')
         print(flush=True)
         input()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

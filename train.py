@@ -317,20 +317,27 @@ def on_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)
 
 
+def claim():
+    """Lock the run's folder. The system lets go of it when the process ends, however it ends."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = sqlite3.connect(f'{out_dir}/.lock', timeout=0)
+        lock.execute('BEGIN EXCLUSIVE')
+        return lock
+    except (OSError, sqlite3.Error) as error:
+        fail(f'--out_dir={out_dir}: another train.py is at work there, or nobody may ({error})')
+
+
 stopping, next_time = 0, 0.0  # the number of the signal that says so; of the next evaluation
 on_stop(on_signal)
 aside = None  # the newest run that was moved aside, if it learned from the same data
 if rank == 0:
-    run = os.path.normpath(out_dir)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        lock = sqlite3.connect(f'{run}.lock', timeout=0)
-        lock.execute('BEGIN EXCLUSIVE')  # the system lets go of it when the process ends
-    except (OSError, sqlite3.Error) as error:
-        fail(f'--out_dir={out_dir}: another train.py is at work there, or nobody may ({error})')
+    lock, run = claim(), os.path.normpath(out_dir)
     if not saved and (os.path.exists(last) or os.path.exists(ckpt)):
         moved = next(f'{run}.{n}' for n in itertools.count(1) if not os.path.exists(f'{run}.{n}'))
+        lock.close()
         os.rename(run, moved)
+        lock = claim()
         print(f'the run that was in {out_dir} is now in {moved}')
     with suppress(Exception):  # whatever is in such a folder
         path = max(glob.glob(f'{glob.escape(run)}.*/last.safetensors'), key=os.path.getmtime)
