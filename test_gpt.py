@@ -425,10 +425,8 @@ def test_the_yardsticks_by_hand(run, papers):
                                       bigram=1 + math.log2(3)))
     known = len(lzma.compress(result.train.encode()))
     whole = len(lzma.compress(result.text.encode()))
-    n, sticks = len(result.val), result.meta['yardsticks']
-    assert sticks['xz'] * n == pytest.approx(8 * (whole - known))
-    uniform = len(result.ids['val']) * math.log2(300)
-    assert sticks['uniform'] * n == pytest.approx(uniform)
+    stick = result.meta['yardsticks']['xz']  # bits per character
+    assert stick == pytest.approx(8 * (whole - known) / len(result.val))
 
 
 def test_a_swap_cut_short_is_put_right(run, papers):
@@ -461,19 +459,17 @@ def test_a_signal_leaves_no_copy_of_a_paper(run, papers, monkeypatch):
 
 
 def test_a_walk_meets_each_block_once(run, papers):
-    """In another order each time. A batch is so many blocks, and what follows each of their
-    tokens."""
+    """In another order each time; and the batches are what it meets."""
     result = run('train.py', *TINY, '--max_iters=0')
     walks = torch.stack([result.walk(0), result.walk(1)])
-    places = walks.sort().values
-    assert (places.diff() == 16).all() and places[:, 0].max() < 16
-    assert places[:, -1].min() > len(result.train) - 64
+    starts = walks.sort().values
+    assert (starts.diff() == 16).all() and starts[:, 0].max() < 16
+    assert starts[:, -1].min() > len(result.train) - 64
     assert not torch.equal(*walks.argsort())
     for i, eight in enumerate(walks.flatten().split(8)[:-1]):
-        (x, y), = result.get_batch(i)
+        (x, _), = result.get_batch(i)
         places = eight[:, None] + torch.arange(16)
         assert torch.equal(x, result.train[places].long())
-        assert torch.equal(y, result.train[places + 1].long())
 
 
 def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
@@ -524,12 +520,6 @@ def test_all_pairs_at_once_are_the_bigram_model():
 
 
 # ------------------------------------------------------------------------------ attention
-
-def test_queries_and_keys_that_say_nothing_average_the_past():
-    x, zero = torch.randn(5, 2), torch.zeros(5, 5)
-    means = x.cumsum(0) / torch.arange(1, 6)[:, None]
-    assert_close(gpt.attention(zero, zero, x, is_causal=True), means)
-
 
 @pytest.mark.parametrize('mask', [
     {}, dict(is_causal=True), dict(attn_mask=torch.randn(9, 9)),
@@ -609,10 +599,10 @@ def test_the_two_sources_count_the_same_parameters():
 def test_n_params_by_counting():
     """Whatever is switched on or off."""
     names = 'norm_weights', 'bias', 'tied', 'value_embeddings', 'smear'
-    shape = dict(vocab_size=40, block_size=9, n_head=4, head_dim=6, n_embd=31, mlp_dim=7)
     on_or_off = [[False, True]] * len(names)
     for n_layer, position, *on in itertools.product([0, 3], gpt.POSITIONS, *on_or_off):
-        config = GPTConfig(n_layer=n_layer, position=position, **shape, **dict(zip(names, on)))
+        config = GPTConfig(40, 9, n_layer, n_head=4, n_embd=31, head_dim=6, mlp_dim=7,
+                           position=position, **dict(zip(names, on)))
         assert config.n_params == sum(p.numel() for p in GPT(config).parameters())
 
 
@@ -635,29 +625,24 @@ def test_positions_matter(position):
     assert torch.allclose(one, other, atol=1e-6) == (position == 'none')
 
 
-@pytest.mark.parametrize('activation', gpt.ACTIVATIONS)
-def test_a_batch_is_learned_by_heart(activation):
-    """From ln V on, as if all tokens were alike."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(20, block_size=16, n_embd=32, n_layer=1, activation=activation))
-    optimizer = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02)
+def test_a_batch_is_learned_by_heart():
+    """From ln V, as if all tokens were alike, to almost nothing; by each activation otherwise."""
     x, y = torch.randint(20, (2, 4, 16))
-    losses = []
-    for t in range(1, 61):
-        model.zero_grad()
-        loss = F.cross_entropy(model(x).mT, y)
-        loss.backward()
-        optimizer.step(t)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(20), rel=0.02)
-    assert losses[-1] < 0.05
-
-
-def test_every_activation_is_another():
-    """There are notebooks in which the activation is a setting that nothing reads."""
-    idx = torch.arange(11)[None]
-    logits = [small(activation=name)(idx) for name in gpt.ACTIVATIONS]
-    assert not any(map(torch.allclose, logits, logits[1:] + logits[:1]))
+    ends = set()
+    for activation in gpt.ACTIVATIONS:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(20, block_size=16, n_embd=32, n_layer=1, activation=activation))
+        optimizer, losses = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02), []
+        for t in range(1, 61):
+            model.zero_grad()
+            loss = F.cross_entropy(model(x).mT, y)
+            loss.backward()
+            optimizer.step(t)
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(math.log(20), rel=0.02)
+        assert losses[-1] < 0.05
+        ends.add(losses[-1])
+    assert len(ends) == len(gpt.ACTIVATIONS)
 
 
 # ------------------------------------------------------------------------------ generation
@@ -677,14 +662,11 @@ def test_cached_generation_is_recomputation(changes):
 
 
 def test_a_cache_that_holds_tokens_takes_one_more_at_a_time():
-    """Several at once would see each other's future; too many have no place."""
-    model, cache = small(), gpt.Cache()
-    idx = torch.zeros(1, 17, dtype=torch.long)
-    with pytest.raises(AssertionError, match='block_size=16'):
-        model(idx)
-    model(idx[:, :2], cache)
+    """Several at once would see each other's future."""
+    model, cache, idx = small(), gpt.Cache(), torch.tensor([[1, 2]])
+    model(idx, cache)
     with pytest.raises(AssertionError, match='one more at a time'):
-        model(idx[:, :2], cache)
+        model(idx, cache)
 
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -744,19 +726,10 @@ def test_each_kind_of_parameter_walks_by_its_rule(muon):
         ours.step(t)
         theirs.step()
         for w, mean in zip(matrices, means):
-            mean += 0.1 * (w.grad - mean)
-            X = by_svd(0.9 * mean + 0.1 * w.grad)
-            n, m = w.shape
+            mean.lerp_(w.grad, 0.1)
+            X, (n, m) = by_svd(w.grad.lerp(mean, 0.9)), w.shape
             w.data -= 0.02 * (0.1 * w.data + max(1, n / m) ** 0.5 * X)
     assert_close([*model.parameters()], [*twin.parameters()], atol=1e-5, rtol=0)
-
-
-def test_a_run_needs_nothing_of_torch_optim(run, papers):
-    """Its first object would load torch's compiler, which takes a second and more."""
-    code = ('import runpy, sys; sys.argv = ["train.py", *sys.argv[1:]]; '
-            f'runpy.run_path("{HERE}/train.py"); assert "torch._dynamo" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code, *TINY, '--max_iters=1'], check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(HERE)})
 
 
 # ------------------------------------------------------------------------------ the whole way
@@ -969,21 +942,18 @@ def test_the_programs_names_in_the_papers_stand_in_it():
     known = [path.name for path in [*HERE.glob('*'), *HERE.glob('[!.]*/*')]]
     known = '\n'.join(known + [path.read_text('utf-8') for path in scripts])
     for path in HERE.glob('papers/*.tex'):
-        for name in re.findall(r'\\code\{((?:[^{}\\]|\\[_%&#$])*)\}', path.read_text('utf-8')):
-            if re.search('[_.A-Z]', name):
-                assert name.replace('\\', '') in known, path
+        for name in re.findall(r'\\code\{([^{}]*[_.A-Z][^{}]*)\}', path.read_text('utf-8')):
+            assert name.replace('\\', '') in known, path
 
 
 def test_numbers_in_the_papers_are_the_programs():
     """Parameters of the original and of the default, and a singular value after three steps."""
     original, default = GPTConfig(**ORIGINAL), GPTConfig(2048, n_layer=3, n_embd=96)
-    heads = [block.attention.parameters() for block in GPT(original).blocks]
     G = torch.tensor([[3., 0.], [4., 5.]])
-    for paper, number in (
-            ('scaling', f'{original.n_params:,}'),
-            ('scaling', f'{default.n_params:,}'),
-            ('attention', f'{sum(w.numel() for head in heads for w in head):,}'),
-            ('muon', f'${torch.linalg.svdvals(gpt.orthogonalize(G))[0]:.4f}$')):
+    values = torch.linalg.svdvals(gpt.orthogonalize(G))
+    for paper, number in (('scaling', f'{original.n_params:,}'),
+                          ('scaling', f'{default.n_params:,}'),
+                          ('muon', f'${values[0]:.4f}$')):
         text = (HERE / f'papers/{paper}.tex').read_text('utf-8')
         assert number.replace(',', '{,}') in text
 
@@ -1352,8 +1322,7 @@ def parsed(path):
     for name, entry in header.items():
         assert entry['dtype'] == 'F32'
         begin, end = entry['data_offsets']
-        n = math.prod(entry['shape'])
-        tensors[name] = [*struct.unpack(f'<{n}f', numbers[begin:end])]
+        tensors[name] = memoryview(numbers[begin:end]).cast('f').tolist()
     return saved, tensors
 
 
@@ -1363,8 +1332,8 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path):
     model, tokenizer = small(tied=True), CharTokenizer.learn('abcdefghij')
     gpt.save(path, model, tokenizer, step=3, state={'mean': torch.ones(2)})
     saved, tensors = parsed(path)
-    assert saved['step'] == 3 and tensors.pop('optimizer.mean') == [1, 1]
-    assert tensors == {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    flat = {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    assert saved['step'] == 3 and tensors == {**flat, 'optimizer.mean': [1, 1]}
     again, known, saved = gpt.load(path)
     assert torch.equal(again(idx), model(idx)) and known.learned == tokenizer.learned
     assert saved['step'] == 3 and saved['state']['mean'].tolist() == [1, 1]
@@ -1372,7 +1341,7 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path):
 
 def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
     """With json and struct alone."""
-    code = re.search(" *with open.*", gpt.save.__doc__, re.DOTALL).group()
+    _, code = gpt.save.__doc__.split('by hand:')
     names = dict(struct=struct, json=json)
     exec(textwrap.dedent(code), names)
     assert [*names['numbers']] == parsed('out/ckpt.safetensors')[1]['token.weight']
@@ -1421,8 +1390,11 @@ def test_a_damaged_state_is_not_resumed(base, run, row):
     assert 'resumed' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
 
 
+NO_JSON = b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))
+
+
 def test_a_damaged_checkpoint_is_refused(base, run):
-    """Too short, too long, numbers that are none or not where they should be."""
+    """Too short, too long, numbers that are none or not where they should be, no header."""
     path = Path('out/ckpt.safetensors')
     data = path.read_bytes()
     short = data[:-4]
@@ -1430,20 +1402,10 @@ def test_a_damaged_checkpoint_is_refused(base, run):
             short, data + bytes(4),
             short + struct.pack('<f', math.nan), short + struct.pack('<f', math.inf),
             data.replace(b'F32', b'F16'), data.replace(b'[0, ', b'[4, '),
-            data.replace(b'[300, 16]', b'[16, 300]')):
+            data.replace(b'[300, 16]', b'[16, 300]'),
+            *NO_JSON, *(struct.pack('<Q', len(header)) + header for header in NO_JSON)):
         path.write_bytes(damaged)
         assert 'no checkpoint' in run('sample.py', code=2).err
-
-
-@pytest.mark.parametrize('data', ['', '[]', '{', '[' * 200_000, '\xff'])
-def test_what_is_no_json_is_refused(base, run, data):
-    """As a checkpoint's header, as a checkpoint, and as what describes a data set."""
-    data = data.encode('latin-1')
-    for whole in data, struct.pack('<Q', len(data)) + data:
-        Path('out/ckpt.safetensors').write_bytes(whole)
-        assert 'no checkpoint' in run('sample.py', code=2).err
-    Path('data/mine/meta.json').write_bytes(data)
-    assert 'prepare.py' in run('train.py', *TINY, '--out_dir=new', code=2).err
 
 
 @pytest.mark.parametrize('row', [
@@ -1457,14 +1419,13 @@ def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
     assert 'prepare.py' in run('train.py', *TINY, code=2).err
 
 
-@pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
 def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
-    """A part that's short of what meta.json says, or gone."""
+    """A file of it is cut, or gone."""
     path = Path('data/mine', name)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert name in run('train.py', *TINY, code=2).err
-    path.unlink()
-    assert name in run('train.py', *TINY, code=2).err
+    for damage in lambda: os.truncate(path, 99), path.unlink:
+        damage()
+        assert 'prepare.py' in run('train.py', *TINY, code=2).err
 
 
 # ------------------------------------------------------------------------------ more than one
