@@ -184,20 +184,12 @@ def clean(run):
     return clean
 
 
-def test_comments_go_and_text_stays(clean):
-    """Arxiv-latex-cleaner takes out comments and what never prints."""
-    text = clean(PAPER)
-    for gone in ('comment', 'never', 'hidden', 'why', 'a class', '\n\n\n'):
-        assert gone not in text
-    assert '50\\% of its points in $Y$.' in text  # a % joins its line to the next, as in TeX
-    assert '\\label{thm:one}' in text and 'The end.' in text
-
-
 @pytest.mark.parametrize('paper, text', [
     ('one%\n\ntwo', 'one\n\ntwo'),
     ('one%\n% no\n   two', 'onetwo'),
     ('one\n\t % no\ntwo', 'one\ntwo'),
     ('one\n\n% no\n\n  two', 'one\n\n  two'),
+    ('one\n\n\\iffalse no \\fi\n\ntwo', 'one\n\ntwo'),
     ('\\small% no\n  one \\small%\n$x$', '\\small one \\small$x$'),
     ('a\\\\% no\nb \\% c', 'a\\\\b \\% c'),
     ('one\n\\begin{comment}\n\\verb|no\n\\end{comment}\ntwo% | no', 'one\ntwo'),
@@ -205,7 +197,7 @@ def test_comments_go_and_text_stays(clean):
     ('\\begin{verbatim}\nx % no\n\\begin{verbatim}\n%\n\\end{verbatim}',
      '\\begin{verbatim}\nx \\begin{verbatim}\n%\n\\end{verbatim}')])
 def test_comments_end_as_in_tex(clean, paper, text):
-    """With the end of their line, but not with that of a paragraph or of a control word."""
+    """They go with the end of their line, but not with that of a paragraph or a control word."""
     assert clean(f'begin\n\n{paper}\n\nend') == f'begin\n\n{text}\n\nend'
 
 
@@ -559,6 +551,7 @@ def turned(x):
 
 def test_rotary_positions_are_relative():
     """Inner products of rotated vectors depend on the distance alone."""
+    torch.manual_seed(0)
     turn, x = gpt.rotation(200, 8), torch.randn(200, 8)
     assert_close(gpt.rotate(x, *turn), turned(x))
     same = torch.randn(2, 1, 8).expand(2, 200, 8)  # one query and one key, at each position
@@ -601,7 +594,7 @@ def test_the_future_changes_nothing(position):
     idx = torch.randint(11, (1, 16)).repeat(2, 1)
     idx[:, 7] = torch.tensor([1, 2])
     one, other = small(position=position)(idx)
-    same = torch.isclose(one, other).all(dim=1)
+    same = torch.isclose(one, other, atol=1e-5).all(dim=1)
     assert same.tolist() == 7 * [True] + 9 * [False]
 
 
@@ -694,6 +687,7 @@ def by_svd(G, steps=3):
 
 
 def test_newton_schulz_brings_singular_values_near_1():
+    """All but the smallest, in five steps."""
     G = torch.randn(3, 16, 64)
     values = torch.linalg.svdvals(gpt.orthogonalize(G, steps=5))
     assert 0.6 < values.min() and values.max() < 1.3
@@ -720,7 +714,8 @@ def test_each_kind_of_parameter_walks_by_its_rule(muon):
         theirs.step()
         for w, mean in zip(matrices, means):
             mean.lerp_(w.grad, 0.1)
-            X, (n, m) = by_svd(w.grad.lerp(mean, 0.9)), w.shape
+            X = by_svd(w.grad.lerp(mean, 0.9))
+            n, m = w.shape
             w.data -= 0.02 * (0.1 * w.data + max(1, n / m) ** 0.5 * X)
     assert_close([*model.parameters()], [*twin.parameters()], atol=1e-5, rtol=0)
 
@@ -1468,6 +1463,7 @@ def torture_kill(n=100):
             kills += 1
             for path in glob.glob('out/*.safetensors'):
                 gpt.load(path)
+    print(f'{kills} kills, and every run ended as if never stopped')
 
 
 if __name__ == '__main__' and '--torture' in sys.argv:
