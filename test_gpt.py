@@ -3,7 +3,7 @@ What the README and the code claim, each claim proved by running it, in the orde
 would teach it: papers, characters, batches, the bigram model, attention, the GPT, its training.
 
     python -m pytest
-    python test_gpt.py --torture     what takes minutes: a hundred kills, long runs
+    python test_gpt.py --torture     a hundred kills, which take some minutes
 """
 import doctest
 import gc
@@ -188,20 +188,12 @@ def clean(run):
     return clean
 
 
-def test_comments_go_and_text_stays(clean):
-    """Arxiv-latex-cleaner takes out comments and what never prints."""
-    text = clean(PAPER)
-    for gone in ('comment', 'never', 'hidden', 'why', 'a class', '\n\n\n'):
-        assert gone not in text
-    assert '50\\% of its points in $Y$.' in text  # a % joins its line to the next, as in TeX
-    assert '\\label{thm:one}' in text and 'The end.' in text
-
-
 @pytest.mark.parametrize('paper, text', [
     ('one%\n\ntwo', 'one\n\ntwo'),
     ('one%\n% no\n   two', 'onetwo'),
     ('one\n\t % no\ntwo', 'one\ntwo'),
     ('one\n\n% no\n\n  two', 'one\n\n  two'),
+    ('one\n\n\\iffalse no \\fi\n\ntwo', 'one\n\ntwo'),
     ('\\small% no\n  one \\small%\n$x$', '\\small one \\small$x$'),
     ('a\\\\% no\nb \\% c', 'a\\\\b \\% c'),
     ('one\n\\begin{comment}\n\\verb|no\n\\end{comment}\ntwo% | no', 'one\ntwo'),
@@ -209,7 +201,7 @@ def test_comments_go_and_text_stays(clean):
     ('\\begin{verbatim}\nx % no\n\\begin{verbatim}\n%\n\\end{verbatim}',
      '\\begin{verbatim}\nx \\begin{verbatim}\n%\n\\end{verbatim}')])
 def test_comments_end_as_in_tex(clean, paper, text):
-    """With the end of their line, but not with that of a paragraph or of a control word."""
+    """They go with the end of their line, but not with that of a paragraph or a control word."""
     assert clean(f'begin\n\n{paper}\n\nend') == f'begin\n\n{text}\n\nend'
 
 
@@ -245,7 +237,8 @@ def test_preambles_and_what_tex_never_reads_go(clean):
 
 def test_repeated_paragraphs_are_dropped(clean):
     long = 'This paragraph is an introduction which the author used again. ' * 3
-    text = clean(f'{long}\n\nshort\n\n{long}\n\nshort\n')
+    more = ' '.join(map(str, range(999)))
+    text = clean(f'{long}\n\nshort\n\n{long}\n\nshort\n\n{more}')
     assert text.count(long.strip()) == 1 and text.count('short') == 2
 
 
@@ -273,8 +266,7 @@ def test_every_encoding_is_read(clean, data, word):
     ('zip', 'p.zip'), ('tar', 'p.tar'), ('bztar', 'p.tar.bz2'), ('xztar', 'p.txz'),
     ('gztar', '2101.00001v1'), ('zip', 'wrong.tar')])
 def test_archives_give_what_the_folder_gives(run, kind, name):
-    """By their first bytes, also within another, and nothing is unpacked anywhere. So does arXiv's
-    gzip of one bare file."""
+    """By their first bytes, also within another. So does arXiv's gzip of one bare file."""
     paper = 99 * b'% a remark\n' + corpus(1).encode()
     os.makedirs('folder/deep')
     Path('folder/deep/PAPER.TEX').write_bytes(paper)
@@ -282,11 +274,9 @@ def test_archives_give_what_the_folder_gives(run, kind, name):
     os.rename(shutil.make_archive('made', kind, 'folder'), name)
     with zipfile.ZipFile('outer.zip', 'w') as outer:
         outer.write(name, f'in/{name}')
-    before = {*os.listdir(), 'data'}
     for source in name, 'outer.zip', 'folder', '2101.00002':
         text = run('prepare.py', f'--source={source}', '--vocab_size=300').text
         assert text == corpus(1).strip()
-    assert {*os.listdir()} == before
 
 
 NO_LATEX = {'HTML': ' <html lang="en">', 'RTF': '{\\rtf1', 'PDF': '%PDF-1.5',
@@ -323,14 +313,15 @@ def test_nothing_is_written_where_an_archive_says(run, papers):
     with zipfile.ZipFile('mine/x.zip', 'w') as archive:
         for name in '../../up.tex', os.path.abspath('abs.tex'):
             archive.writestr(name, corpus(3) + name)
-    Path('mine/bomb.gz').write_bytes(gzip.compress(bytes(2**27), 1))
+    Path('mine/bomb.gz').write_bytes(gzip.compress(b'x' * 2**27, 1))
     for kind in b'1236xL':  # links, devices, and names that are said to be long
         member = tarfile.TarInfo('a.tex')
         member.type, member.linkname, member.size = bytes([kind]), '/etc/passwd', 2**32
         Path(f'mine/{kind}.tar').write_bytes(member.tobuf())
     result = run(*PREPARE)
     assert 'root:' not in result.text and sorted(os.listdir()) == ['data', 'mine']
-    assert '4 files, 7 skipped' in result.out and result.out.count('what it says of its size') == 2
+    for said in '4 files, 7 skipped', 'larger than 64 MB', 'what it says of its size':
+        assert said in result.out
 
 
 # ------------------------------------------------------------------------------ text into tokens
@@ -353,13 +344,17 @@ def test_decode_undoes_encode(kind, size):
 
 
 def test_bpe_merges_the_most_frequent_pair_as_counted():
-    """Every merge is the most frequent pair at its time, by counting anew."""
+    """Every merge is the most frequent pair at its time, by counting anew; a text is encoded by
+    the same merges in the same order."""
     text = corpus(3, 60)
+    tokenizer = BPETokenizer.learn(text, 256 + 60)
     words = list(gpt.pieces(text))  # in which chr(i) is token i
-    for n, (a, b) in enumerate(BPETokenizer.learn(text, 256 + 60).learned, 256):
+    for n, (a, b) in enumerate(tokenizer.learned, 256):
         count = Counter(pair for word in words for pair in zip(word, word[1:]))
         assert count[chr(a), chr(b)] == max(count.values())
         words = [word.replace(chr(a) + chr(b), chr(n)) for word in words]
+    assert n == 256 + 59
+    assert tokenizer.encode(text) == [*map(ord, ''.join(words))]
 
 
 def test_pieces_are_latex():
@@ -422,17 +417,17 @@ def test_validation_leaves_out_what_stands_in_training(run):
 
 
 def test_the_yardsticks_by_hand(run, papers):
-    """Of the text 0 1 0 and what follows it, 1 1: each 1 of two, two of five, 1/2 and then 1/3."""
+    """After the text 0 0 1 a zero has the probability 1/2, 3/5 or 1/3, and then one more 1/2, 3/5
+    or 1/2. And xz by xz."""
     result = run(*PREPARE)
-    bits = result.yardsticks([0, 1, 0], [1, 1], 2)
-    assert bits == pytest.approx(dict(uniform=2, unigram=2 * math.log2(5 / 2),
-                                      bigram=1 + math.log2(3)))
-    known = len(lzma.compress(result.train.encode()))
-    whole = len(lzma.compress(result.text.encode()))
-    n, sticks = len(result.val), result.meta['yardsticks']
-    assert sticks['xz'] * n == pytest.approx(8 * (whole - known))
-    uniform = len(result.ids['val']) * math.log2(300)
-    assert sticks['uniform'] * n == pytest.approx(uniform)
+    bits = result.yardsticks([0, 0, 1], [0, 0], 2)
+    assert 2 ** -bits['uniform'] == pytest.approx(1 / 2 * 1 / 2)
+    assert 2 ** -bits['unigram'] == pytest.approx(3 / 5 * 3 / 5)
+    assert 2 ** -bits['bigram'] == pytest.approx(1 / 3 * 1 / 2)
+    stick = result.meta['yardsticks']['xz'] * len(result.val)  # is per character
+    known, whole = result.train.encode(), result.text.encode()
+    n = len(lzma.compress(whole)) - len(lzma.compress(known))
+    assert stick == pytest.approx(8 * n)
 
 
 def test_a_swap_cut_short_is_put_right(run, papers):
@@ -471,13 +466,13 @@ def test_a_walk_meets_no_block_twice(run, papers):
     walks, N = torch.stack([result.walk(n).flatten() for n in range(2)]), len(result.train)
     places = walks.sort().values
     assert (places.diff() % 16 == 0).all() and places.diff().min() > 0 <= places.min()
+    assert places[0, 0] % 16 != places[1, 0] % 16
     assert places.max() < N - 16 and walks.size(1) > N // 16 - 2 - 8
     assert not torch.equal(*walks.argsort())
     for i, eight in enumerate(walks.flatten().split(8)):
-        (x, y), = result.get_batch(i)
+        (x, _), = result.get_batch(i)
         places = eight[:, None] + torch.arange(16)
         assert torch.equal(x, result.train[places].long())
-        assert torch.equal(y, result.train[places + 1].long())
 
 
 def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
@@ -529,12 +524,6 @@ def test_all_pairs_at_once_are_the_bigram_model():
 
 # ------------------------------------------------------------------------------ attention
 
-def test_queries_and_keys_that_say_nothing_average_the_past():
-    x, zero = torch.randn(5, 2), torch.zeros(5, 5)
-    means = x.cumsum(0) / torch.arange(1, 6)[:, None]
-    assert_close(gpt.attention(zero, zero, x, is_causal=True), means)
-
-
 @pytest.mark.parametrize('is_causal', [False, True])
 def test_attention_is_torchs_own(is_causal):
     q, k, v = torch.randn(3, 2, 4, 9, 8)
@@ -556,23 +545,6 @@ def head(layer, h, n, turn=torch.clone):
     return weights, layer.value.weight[rows].T, layer.out.weight[:, rows].T
 
 
-def test_attention_by_hand_a_head_at_a_time():
-    """A share of the one before goes to each token and to each key, a table's row to each value;
-    what the heads say, each through its own W_O, is summed."""
-    model = small(position='none', head_dim=6)
-    idx = torch.tensor([1, 2, 3, 1, 0])
-    layer, seen = model.blocks[0].attention, []
-    layer.register_forward_hook(lambda _, inputs, y: seen.extend([inputs[0], y]))
-    model(idx[None])
-    x = model.token(idx)
-    x[1:] += model.smear * x[:-1].clone()
-    n, total = F.layer_norm(x, [16]), 0
-    for h, table in enumerate(layer.value_table(idx).chunk(2, dim=1)):
-        weights, W_V, W_O = head(layer, h, n)
-        total = total + weights @ (n @ W_V + table) @ W_O
-    assert_close(seen, [n[None], total[None]])
-
-
 def turned(x):
     """x (T, D) at its positions, as complex numbers: times e^(i t / 10000^(2j/D))."""
     T, D = x.shape
@@ -584,6 +556,7 @@ def turned(x):
 
 def test_rotary_positions_are_relative():
     """Inner products of rotated vectors depend on the distance alone."""
+    torch.manual_seed(0)
     turn, x = gpt.rotation(200, 8), torch.randn(200, 8)
     assert_close(gpt.rotate(x, *turn), turned(x))
     same = torch.randn(2, 1, 8).expand(2, 200, 8)  # one query and one key, at each position
@@ -613,10 +586,10 @@ def test_the_two_sources_count_the_same_parameters():
 def test_n_params_by_counting():
     """Whatever is switched on or off."""
     names = 'norm_weights', 'bias', 'tied', 'value_embeddings', 'smear'
-    shape = dict(vocab_size=40, block_size=9, n_head=4, head_dim=6, n_embd=31, mlp_dim=7)
     on_or_off = [[False, True]] * len(names)
     for n_layer, position, *on in itertools.product([0, 3], gpt.POSITIONS, *on_or_off):
-        config = GPTConfig(n_layer=n_layer, position=position, **shape, **dict(zip(names, on)))
+        config = GPTConfig(40, 9, n_layer, n_head=4, n_embd=31, head_dim=6, mlp_dim=7,
+                           position=position, **dict(zip(names, on)))
         assert config.n_params == sum(p.numel() for p in GPT(config).parameters())
 
 
@@ -626,27 +599,41 @@ def test_the_future_changes_nothing(position):
     idx = torch.randint(11, (1, 16)).repeat(2, 1)
     idx[:, 7] = torch.tensor([1, 2])
     one, other = small(position=position)(idx)
-    same = torch.isclose(one, other).all(dim=1)
+    same = torch.isclose(one, other, atol=1e-5).all(dim=1)
     assert same.tolist() == 7 * [True] + 9 * [False]
 
 
-@pytest.mark.parametrize('position', gpt.POSITIONS)
-def test_positions_matter(position):
-    """Without them, exchanging two tokens of the past changes nothing for what follows."""
-    idx = torch.tensor([[1, 2, 3], [2, 1, 3]])
-    model = small(position=position, smear=False, n_layer=1)
-    one, other = model(idx)[:, -1]
-    assert torch.allclose(one, other, atol=1e-6) == (position == 'none')
+@pytest.mark.parametrize('position, activation, act', [
+    ('rotary', 'relu', F.relu),
+    ('learned', 'gelu', F.gelu),
+    ('none', 'relu2', lambda x: F.relu(x) ** 2)])
+def test_a_gpt_by_hand_a_head_at_a_time(position, activation, act):
+    """A share of the token before goes to each token, a table's row to each value. What the heads
+    say, each through its own W_O, is summed and added; then what the MLP says."""
+    model = small(n_layer=1, position=position, activation=activation)
+    block, idx = model.blocks[0], torch.tensor([1, 2, 3, 1, 0])
+    x = model.token(idx)
+    x[1:] += model.smear * x[:-1].clone()
+    if position == 'learned':
+        x = x + model.place.weight[:5]
+    turn = turned if position == 'rotary' else torch.clone
+    n = F.layer_norm(x, [16])
+    tables = block.attention.value_table(idx).chunk(2, dim=1)
+    for h, table in enumerate(tables):
+        weights, W_V, W_O = head(block.attention, h, n, turn)
+        x = x + weights @ (n @ W_V + table) @ W_O
+    up = block.mlp.up(F.layer_norm(x, [16]))
+    x = x + block.mlp.down(act(up))
+    logits = model.head(F.layer_norm(x, [16]))
+    assert_close(model(idx[None])[0], logits)
 
 
-@pytest.mark.parametrize('activation', gpt.ACTIVATIONS)
-def test_a_batch_is_learned_by_heart(activation):
-    """From ln V on, as if all tokens were alike."""
+def test_a_batch_is_learned_by_heart():
+    """From ln V, as if all tokens were alike, to almost nothing."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(20, block_size=16, n_embd=32, n_layer=1, activation=activation))
+    model, losses = GPT(GPTConfig(20, block_size=16, n_embd=32)), []
     optimizer = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02)
     x, y = torch.randint(20, (2, 4, 16))
-    losses = []
     for t in range(1, 61):
         model.zero_grad()
         loss = F.cross_entropy(model(x).mT, y)
@@ -655,13 +642,6 @@ def test_a_batch_is_learned_by_heart(activation):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(20), rel=0.02)
     assert losses[-1] < 0.05
-
-
-def test_every_activation_is_another():
-    """There are notebooks in which the activation is a setting that nothing reads."""
-    idx = torch.arange(11)[None]
-    logits = [small(activation=name)(idx) for name in gpt.ACTIVATIONS]
-    assert not any(map(torch.allclose, logits, logits[1:] + logits[:1]))
 
 
 # ------------------------------------------------------------------------------ generation
@@ -678,17 +658,6 @@ def test_cached_generation_is_recomputation(changes):
             seen = seen[:, -max(1, T // 2):]
         assert torch.equal(new, model(seen)[:, -1].argmax(-1))
         seen = torch.cat((seen, new[:, None]), 1)
-
-
-def test_a_cache_that_holds_tokens_takes_one_more_at_a_time():
-    """Several at once would see each other's future; too many have no place."""
-    model, cache = small(), gpt.Cache()
-    idx = torch.zeros(1, 17, dtype=torch.long)
-    with pytest.raises(AssertionError, match='block_size=16'):
-        model(idx)
-    model(idx[:, :2], cache)
-    with pytest.raises(AssertionError, match='one more at a time'):
-        model(idx[:, :2], cache)
 
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -723,6 +692,7 @@ def by_svd(G, steps=3):
 
 
 def test_newton_schulz_brings_singular_values_near_1():
+    """All but the smallest, in five steps."""
     G = torch.randn(3, 16, 64)
     values = torch.linalg.svdvals(gpt.orthogonalize(G, steps=5))
     assert 0.6 < values.min() and values.max() < 1.3
@@ -748,19 +718,11 @@ def test_each_kind_of_parameter_walks_by_its_rule(muon):
         ours.step(t)
         theirs.step()
         for w, mean in zip(matrices, means):
-            mean += 0.1 * (w.grad - mean)
-            X = by_svd(0.9 * mean + 0.1 * w.grad)
+            mean.lerp_(w.grad, 0.1)
+            X = by_svd(w.grad.lerp(mean, 0.9))
             n, m = w.shape
             w.data -= 0.02 * (0.1 * w.data + max(1, n / m) ** 0.5 * X)
     assert_close([*model.parameters()], [*twin.parameters()], atol=1e-5, rtol=0)
-
-
-def test_a_run_needs_nothing_of_torch_optim(run, papers):
-    """Its first object would load torch's compiler, which takes a second and more."""
-    code = ('import runpy, sys; sys.argv = ["train.py", *sys.argv[1:]]; '
-            f'runpy.run_path("{HERE}/train.py"); assert "torch._dynamo" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code, *TINY, '--max_iters=1'], check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(HERE)})
 
 
 # ------------------------------------------------------------------------------ the whole way
@@ -973,21 +935,18 @@ def test_the_programs_names_in_the_papers_stand_in_it():
     known = [path.name for path in [*HERE.glob('*'), *HERE.glob('[!.]*/*')]]
     known = '\n'.join(known + [path.read_text('utf-8') for path in scripts])
     for path in HERE.glob('papers/*.tex'):
-        for name in re.findall(r'\\code\{((?:[^{}\\]|\\[_%&#$])*)\}', path.read_text('utf-8')):
-            if re.search('[_.A-Z]', name):
-                assert name.replace('\\', '') in known, path
+        for name in re.findall(r'\\code\{([^{}]*[_.A-Z][^{}]*)\}', path.read_text('utf-8')):
+            assert name.replace('\\', '') in known, path
 
 
 def test_numbers_in_the_papers_are_the_programs():
     """Parameters of the original and of the default, and a singular value after three steps."""
     original, default = GPTConfig(**ORIGINAL), GPTConfig(2048, n_layer=3, n_embd=96)
-    heads = [block.attention.parameters() for block in GPT(original).blocks]
     G = torch.tensor([[3., 0.], [4., 5.]])
-    for paper, number in (
-            ('scaling', f'{original.n_params:,}'),
-            ('scaling', f'{default.n_params:,}'),
-            ('attention', f'{sum(w.numel() for head in heads for w in head):,}'),
-            ('muon', f'${torch.linalg.svdvals(gpt.orthogonalize(G))[0]:.4f}$')):
+    values = torch.linalg.svdvals(gpt.orthogonalize(G))
+    for paper, number in (('scaling', f'{original.n_params:,}'),
+                          ('scaling', f'{default.n_params:,}'),
+                          ('muon', f'${values[0]:.4f}$')):
         text = (HERE / f'papers/{paper}.tex').read_text('utf-8')
         assert number.replace(',', '{,}') in text
 
@@ -1356,8 +1315,7 @@ def parsed(path):
     for name, entry in header.items():
         assert entry['dtype'] == 'F32'
         begin, end = entry['data_offsets']
-        n = math.prod(entry['shape'])
-        tensors[name] = [*struct.unpack(f'<{n}f', numbers[begin:end])]
+        tensors[name] = memoryview(numbers[begin:end]).cast('f').tolist()
     return saved, tensors
 
 
@@ -1367,8 +1325,8 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path):
     model, tokenizer = small(tied=True), CharTokenizer.learn('abcdefghij')
     gpt.save(path, model, tokenizer, step=3, state={'mean': torch.ones(2)})
     saved, tensors = parsed(path)
-    assert saved['step'] == 3 and tensors.pop('optimizer.mean') == [1, 1]
-    assert tensors == {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    flat = {name: w.flatten().tolist() for name, w in model.named_parameters()}
+    assert saved['step'] == 3 and tensors == {**flat, 'optimizer.mean': [1, 1]}
     again, known, saved = gpt.load(path)
     assert torch.equal(again(idx), model(idx)) and known.learned == tokenizer.learned
     assert saved['step'] == 3 and saved['state']['mean'].tolist() == [1, 1]
@@ -1376,7 +1334,7 @@ def test_a_checkpoint_is_a_safetensors_file(tmp_path):
 
 def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
     """With json and struct alone."""
-    code = re.search(" *with open.*", gpt.save.__doc__, re.DOTALL).group()
+    _, code = gpt.save.__doc__.split('by hand:')
     names = dict(struct=struct, json=json)
     exec(textwrap.dedent(code), names)
     assert [*names['numbers']] == parsed('out/ckpt.safetensors')[1]['token.weight']
@@ -1422,8 +1380,11 @@ def test_a_state_that_lacks_something_is_not_resumed(base, run):
     assert 'resumed' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
 
 
+NO_JSON = b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))
+
+
 def test_a_damaged_checkpoint_is_refused(base, run):
-    """Too short, too long, numbers that are none or not where they should be."""
+    """Too short, too long, numbers that are none or not where they should be, no header."""
     path = Path('out/ckpt.safetensors')
     data = path.read_bytes()
     short = data[:-4]
@@ -1431,20 +1392,10 @@ def test_a_damaged_checkpoint_is_refused(base, run):
             short, data + bytes(4),
             short + struct.pack('<f', math.nan), short + struct.pack('<f', math.inf),
             data.replace(b'F32', b'F16'), data.replace(b'[0, ', b'[4, '),
-            data.replace(b'[300, 16]', b'[16, 300]')):
+            data.replace(b'[300, 16]', b'[16, 300]'),
+            *NO_JSON, *(struct.pack('<Q', len(header)) + header for header in NO_JSON)):
         path.write_bytes(damaged)
         assert 'no checkpoint' in run('sample.py', code=2).err
-
-
-@pytest.mark.parametrize('data', ['', '[]', '{', '[' * 200_000, '\xff'])
-def test_what_is_no_json_is_refused(base, run, data):
-    """As a checkpoint's header, as a checkpoint, and as what describes a data set."""
-    data = data.encode('latin-1')
-    for whole in data, struct.pack('<Q', len(data)) + data:
-        Path('out/ckpt.safetensors').write_bytes(whole)
-        assert 'no checkpoint' in run('sample.py', code=2).err
-    Path('data/mine/meta.json').write_bytes(data)
-    assert 'prepare.py' in run('train.py', *TINY, '--out_dir=new', code=2).err
 
 
 @pytest.mark.parametrize('row', [
@@ -1458,14 +1409,14 @@ def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
     assert 'prepare.py' in run('train.py', *TINY, code=2).err
 
 
-@pytest.mark.parametrize('name', ['train.bin', 'val.bin'])
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
 def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
-    """A part that's short of what meta.json says, or gone."""
+    """A file of it is too short, or gone."""
     path = Path('data/mine', name)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert name in run('train.py', *TINY, code=2).err
+    os.truncate(path, 99)
+    assert 'prepare.py' in run('train.py', *TINY, code=2).err
     path.unlink()
-    assert name in run('train.py', *TINY, code=2).err
+    assert 'prepare.py' in run('train.py', *TINY, code=2).err
 
 
 # ------------------------------------------------------------------------------ more than one
@@ -1493,6 +1444,8 @@ def done(*command):
 
 def torture_kill(n=100):
     """Killed at n moments, saving among them, every run ends bit for bit as if never stopped."""
+    write_papers(a=1, b=2)
+    done(*PREPARE)
     chance, kills, last = random.Random(0), 0, 'out/last.safetensors'
     settings = *TINY, '--max_iters=300', '--eval_interval=1', '--threads=1'
     began = time.time()
@@ -1511,23 +1464,10 @@ def torture_kill(n=100):
             kills += 1
             for path in glob.glob('out/*.safetensors'):
                 gpt.load(path)
-
-
-def torture_long():
-    """20,000 steps take no more memory than 2,000."""
-    import resource  # there is none on Windows
-    peaks = []
-    for n in 2000, 20_000:
-        done('train.py', *TINY, f'--max_iters={n}', '--eval_interval=1000')
-        peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-    assert peaks[1] < 1.1 * peaks[0], peaks
+    print(f'{kills} kills, and every run ended as if never stopped')
 
 
 if __name__ == '__main__' and '--torture' in sys.argv:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        write_papers(a=1, b=2)
-        done(*PREPARE)
-        for torture in torture_kill, torture_long:
-            print(torture.__doc__, flush=True)
-            torture()
+        torture_kill()
