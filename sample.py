@@ -217,7 +217,9 @@ INNER = r'(?:[^{}$\\\n]|\\(?!begin|end|item|[{}]))'
 NESTED = rf'(?:{INNER}|\{{(?:{INNER}|\{{{INNER}*\}})*\}})'
 ARGUMENT = rf'\{{(?:{NESTED})*\}}'  # braces in it
 
-# What can be written in several ways, or can't be taken by TeX, => how it is read below
+# What can be written in several ways => how it is read below. An unknown word becomes its name,
+# an argument gets its braces. At the end what TeX can't take: two scripts of a kind in a row, a
+# title of a page, and a hundred errors in a paragraph, which is why a long one becomes two.
 SPELLINGS = rf"""
     \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
     \\par{END}                               =>  \n\n
@@ -322,10 +324,10 @@ def mend(text, rules):
         kind, written = token.lastgroup, token[0]
         if kind == 'heading' or len(closers) > DEEP:
             close(1)
-        if kind == 'break' or kind == 'prose' and math[-1]:
+        if kind == 'break' or kind == 'prose' and math[-1]:  # a paragraph, a formula ends
             while math[-1] or closers[-1] == '}':
                 close(len(closers) - 1)
-        if kind in ('sign', 'over', 'dollar') and not math[-1]:
+        if kind in ('sign', 'over', 'dollar') and not math[-1]:  # a formula begins
             push('$ ', '$', True)
             if kind == 'dollar':
                 continue

@@ -1330,7 +1330,8 @@ def test_a_dream_is_what_was_written(base, run):
     names.saved['macros'] = ['\\newcommand{\\R}{\\mathbb{R}}', '\\newcommand{\\m}[2]{#2_{#1}}']
     for text, there in [('\\section{A} Let $x^{2}$ be \\emph{odd}.', None), ("don't", None),
                         ('$\\frac12 x_1$', '$ \\frac{1}{2} x_{1}$'), ('\\alpha', '$ \\alpha$'),
-                        ('$\\m{a}{b}\\in\\R$', '$ {b}_{{a}}\\in\\mathbb{R}$'), ('\\x a', '\\textsf{x} a'),
+                        ('$\\m{a}{b}\\in\\R$', '$ {b}_{{a}}\\in\\mathbb{R}$'),
+                        ('\\x a', '\\textsf{x} a'),
                         ('\\[a & b\\\\ c', '\\begin{aligned}{}a & b\\\\{} c\\end{aligned}'),
                         ('\\begin{lemma}[A] b', '\\begin{called}{lemma}[A]{} b\\end{called}')]:
         assert (there or text.replace('$x', '$ x')) in names.document([text])
