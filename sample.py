@@ -260,8 +260,8 @@ TOKEN = rf"""(?x)
   | (?P<break>    \n\s*\n\s* | (?= \\item{END} | \\begin\{{(?:equation|{BLOCKS}) ) )
   | (?P<display>  \\begin\{{equation\*?\}} )
   | (?P<text>     \\begin\{{(?:{BLOCKS})\}} | \\(?:{TEXT})\*?\s*\{{ )
-  | (?P<over>     \\begin\{{(?:{TABLES})\}} | \\(?:{OVER})\s*\{{
-                | \\(?:{FRACTIONS})(?={ARGUMENT}\s*{ARGUMENT})\{{ )
+  | (?P<over>     \\begin\{{(?:{TABLES})\}} | \\(?:{OVER})\s*\{{ )
+  | (?P<fraction> \\(?:{FRACTIONS})(?={ARGUMENT}\s*{ARGUMENT})\{{ )
   | (?P<group>    \{{ )
   | (?P<dollar>   \$ )
   | (?P<item>     \\item{END} )
@@ -274,7 +274,7 @@ TOKEN = rf"""(?x)
                 | [ \t\n!"'-\[\]`-z|~] )
   | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
 """
-DEEP = 12  # how much may be open at a time
+DEEP = 14  # how much may be open at a time; a fraction itself needs up to five places
 
 MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[(\d)\])?\s*\{(.*)\}$'
 PREAMBLE = r"""\documentclass{amsart}
@@ -327,12 +327,14 @@ def mend(text, rules):
         if kind == 'break' or kind == 'prose' and math[-1]:  # a paragraph, a formula ends
             while math[-1] or closers[-1] == '}':
                 close(len(closers) - 1)
-        if kind in ('sign', 'over', 'dollar') and not math[-1]:  # a formula begins
+        if kind in ('sign', 'over', 'fraction', 'dollar') and not math[-1]:  # a formula begins
             push('$ ', '$', True)
             if kind == 'dollar':
                 continue
 
-        if kind in ('text', 'display', 'over', 'group'):
+        if kind == 'fraction' and len(closers) > DEEP - 6:
+            written = '{'
+        if kind in ('text', 'display', 'over', 'fraction', 'group'):
             closer = written.replace('begin', 'end') if 'begin' in written else '}'
             push(written, closer, {'text': False, 'display': True}.get(kind, math[-1]))
         elif written in closers:
