@@ -11,10 +11,8 @@ Text from a trained model, as a paper too; a proof-reader; and two pages that sh
 import math
 import os
 import re
-import unicodedata
 from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass
 from itertools import accumulate
 
 import gpt
@@ -34,7 +32,7 @@ device = 'auto'  # auto, cpu, cuda, mps
 attention = ''  # a page to write (.html): what each head looks at in --start, what may come next
 text = ''  # a file to score, in bits per character, and to proof-read
 page = ''  # a page to write (.html): the file of --text, shaded by surprise
-tex = ''  # a file to write (.tex): the texts as a document that compiles
+tex = ''  # a file to write (.tex): the texts as a document for LaTeX
 # -------------------------------------------------------------------------------------------------
 config = override(globals(), num_samples=(1, 10_000), temperature=100, top_p=1.0)
 quiet()
@@ -147,273 +145,193 @@ def misspelt(prose, ends, bits):
 # -------------------------------------------------------------------------------------------------
 # The dream: what was written, as a document that compiles
 
-# The words that are written as they are: of mathematics, with no, one or two arguments; of text
-ZERO = '''
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa varkappa
-    lambda mu nu xi pi varpi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega
-    Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega aleph beth ell hbar imath jmath
-    wp Re Im partial nabla infty emptyset varnothing forall exists nexists neg lnot top bot
-    angle prime square Box blacksquare Diamond lozenge bigstar star flat sharp natural clubsuit
-    complement sum prod coprod int iint iiint oint bigcup bigcap bigsqcup bigvee bigwedge
-    bigoplus bigotimes biguplus arccos arcsin arctan arg cos cosh cot coth csc deg det dim exp
-    gcd hom inf injlim ker lg lim liminf limsup ln log max min Pr projlim sec sin sinh sup tan
-    tanh cdot times div pm mp ast circ bullet oplus ominus otimes oslash odot cup cap sqcup
-    sqcap uplus vee wedge lor land setminus smallsetminus wr amalg rtimes ltimes bowtie dagger
-    le leq leqslant ge geq geqslant ll gg lesssim gtrsim lessdot gtrdot prec preceq succ succeq
-    equiv sim simeq approx approxeq cong asymp doteq propto ne neq not in ni notin owns mid
-    nmid parallel perp subset supset subseteq supseteq subsetneq supsetneq nsubseteq sqsubset
-    sqsubseteq sqsupseteq vdash dashv models vDash Vdash nvdash nvDash lhd rhd trianglelefteq
-    to gets mapsto longmapsto leftarrow rightarrow leftrightarrow Leftarrow Rightarrow
-    Leftrightarrow longleftarrow longrightarrow longleftrightarrow Longleftarrow Longrightarrow
-    Longleftrightarrow iff implies impliedby hookrightarrow hookleftarrow twoheadrightarrow
-    rightarrowtail leadsto rightsquigarrow rightharpoonup rightleftharpoons rightrightarrows
-    leftleftarrows uparrow downarrow updownarrow nearrow searrow nwarrow swarrow upharpoonright
-    langle rangle lvert rvert lVert rVert vert Vert lfloor rfloor lceil rceil lbrace rbrace
-    cdots vdots ddots dotsb dotsc dotsm dotsi colon therefore because surd bmod triangle quad
-    qquad ldots dots S
-'''.split()
-ONE = '''
-    hat widehat tilde widetilde bar vec dot ddot check breve acute grave mathring overline
-    underline overbrace underbrace sqrt mathbb mathbf mathcal mathfrak mathit mathrm mathsf
-    mathtt mathop mathrel mathbin boldsymbol operatorname pmod substack xrightarrow xleftarrow
-'''.split()
-TWO = 'frac dfrac tfrac cfrac binom tbinom dbinom overset underset stackrel'.split()
-TEXT = 'text mbox emph textbf textit texttt textsf textsc textrm textup cite ref eqref'.split()
-WORDS = {**dict.fromkeys(ZERO, 0), **dict.fromkeys(ONE, 1), **dict.fromkeys(TWO, 2)}
-SILENT = """
-    big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr limits nolimits displaystyle
-    noindent smallskip medskip bigskip newpage maketitle title author date centering bf it rm em
-    nonumber notag tag qedhere hline footnote begin end item left right middle label
-""".split()
+# The words that are written as they are: of mathematics, and those with one or two arguments
+SIGNS = '''(?x:
+    alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|
+    varkappa|lambda|mu|nu|xi|pi|varpi|rho|varrho|sigma|varsigma|tau|upsilon|phi|
+    varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|
+    aleph|beth|ell|hbar|imath|jmath|wp|Re|Im|partial|nabla|infty|emptyset|varnothing|
+    forall|exists|nexists|neg|lnot|top|bot|angle|prime|square|Box|blacksquare|Diamond|
+    lozenge|bigstar|star|flat|sharp|natural|clubsuit|complement|sum|prod|coprod|int|
+    iint|iiint|oint|bigcup|bigcap|bigsqcup|bigvee|bigwedge|bigoplus|bigotimes|biguplus|
+    arccos|arcsin|arctan|arg|cos|cosh|cot|coth|csc|deg|det|dim|exp|gcd|hom|inf|
+    injlim|ker|lg|lim|liminf|limsup|ln|log|max|min|Pr|projlim|sec|sin|sinh|sup|
+    tan|tanh|cdot|times|div|pm|mp|ast|circ|bullet|oplus|ominus|otimes|oslash|odot|
+    cup|cap|sqcup|sqcap|uplus|vee|wedge|lor|land|setminus|smallsetminus|wr|amalg|
+    rtimes|ltimes|bowtie|dagger|le|leq|leqslant|ge|geq|geqslant|ll|gg|lesssim|gtrsim|
+    lessdot|gtrdot|prec|preceq|succ|succeq|equiv|sim|simeq|approx|approxeq|cong|asymp|
+    doteq|propto|ne|neq|not|in|ni|notin|owns|mid|nmid|parallel|perp|subset|supset|
+    subseteq|supseteq|subsetneq|supsetneq|nsubseteq|sqsubset|sqsubseteq|sqsupseteq|vdash|
+    dashv|models|vDash|Vdash|nvdash|nvDash|lhd|rhd|trianglelefteq|to|gets|mapsto|
+    longmapsto|leftarrow|rightarrow|leftrightarrow|Leftarrow|Rightarrow|Leftrightarrow|
+    longleftarrow|longrightarrow|longleftrightarrow|Longleftarrow|Longrightarrow|
+    Longleftrightarrow|iff|implies|impliedby|hookrightarrow|hookleftarrow|twoheadrightarrow|
+    rightarrowtail|leadsto|rightsquigarrow|rightharpoonup|rightleftharpoons|rightrightarrows|
+    leftleftarrows|uparrow|downarrow|updownarrow|nearrow|searrow|nwarrow|swarrow|
+    upharpoonright|langle|rangle|lvert|rvert|lVert|rVert|vert|Vert|lfloor|rfloor|lceil|
+    rceil|lbrace|rbrace|cdots|vdots|ddots|dotsb|dotsc|dotsm|dotsi|colon|therefore|
+    because|surd|bmod|triangle)'''
+OVER = '''(?x:
+    hat|widehat|tilde|widetilde|bar|vec|dot|ddot|check|breve|acute|grave|mathring|
+    overline|underline|overbrace|underbrace|sqrt|mathbb|mathbf|mathcal|mathfrak|mathit|
+    mathrm|mathsf|mathtt|mathop|mathrel|mathbin|boldsymbol|operatorname|pmod|substack|
+    xrightarrow|xleftarrow)'''
+FRACTIONS = '''(?x:
+    frac|dfrac|tfrac|cfrac|binom|tbinom|dbinom|overset|underset|stackrel)'''
+TEXT = 'text|textbf|textit|texttt|textsf|textsc|textrm|textup|emph|mbox|(?:sub)*section'
+KEPT = 'quad|qquad|ldots|dots|S|ref|eqref|cite|begin|end|item'
+SILENT = '''(?x:left|right|[bB]igg?[lrm]?|limits|nolimits|displaystyle|nonumber|notag|noindent|
+    smallskip|medskip|bigskip|newpage|maketitle|title|author|date|bf|it|rm|em|sl|centering|
+    qedhere|hline|footnote)'''
 TABLES = '[pbvV]?matrix|smallmatrix|aligned|cases'
-KNOWN = rf'{TABLES}|equation|align\*|itemize|enumerate|proof|quote|center'
-LETTERS = 'àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœćčďěłńňőřśšűůźżž'
-LETTERS += LETTERS.upper() + '‘’“”–—'  # those outside ASCII that every LaTeX has
-DEEP, LONG = 12, 2000  # how much is open at a time, and for how many tokens, at most
-LISTS = '\\end{itemize}', '\\end{enumerate}'
-PARAGRAPH = '\n\\par\n'
-BETWEEN = ['blank', 'heading', 'block', 'item', 'display']  # kinds of tokens that end a paragraph
-FORMULA = ['script', 'table', 'left']  # kinds that stand in mathematics
+BLOCKS = 'itemize|enumerate|proof|quote|center|called'
+LETTERS = 'àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝŒćčďěłńňőřśšűůźżž‘’“”–—'
+END = '(?![A-Za-z])'  # of a word
+GROUP = r'\{[^{}]*\}'
+INNER = r'(?:[^{}$\\\n]|\\(?!begin|end|item|[{}]))'
+NESTED = rf'(?:{INNER}|\{{(?:{INNER}|\{{{INNER}*\}})*\}})'
+ARGUMENT = rf'\{{(?:{NESTED})*\}}'  # braces in it
 
+# What can be written in several ways => how it is read below. An unknown word becomes its name,
+# an argument gets its braces. At the end what TeX can't take: two scripts of a kind in a row, a
+# title of a page, and a hundred errors in a paragraph, which is why a long one becomes two.
+SPELLINGS = rf"""
+    \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
+    \\par{END}                               =>  \n\n
+    \\[()]                                   =>  $
+    \\\\ (?: \s* \[[^][]*\] )?               =>  \\\\{{}}
+    \\sqrt \s* \[[^][]*\]                    =>  \\sqrt
+    (?s) \$\$ (.*?) \$\$                     =>  \\[\1\\]
+    (begin|end)\{{(?:displaymath|align|gather|multline|eqnarray|flalign)\*?\}}
+                                             =>  \1{{equation*}}
+    (?<!\\) \\\[                             =>  \\begin{{equation*}}
+    (?<!\\) \\\]                             =>  \\end{{equation*}}
+    \\begin\{{equation\*?\}}                 =>  \g<0>\\begin{{aligned}}
+    (begin|end)\{{(?:split|gathered)\}}      =>  \1{{aligned}}
+    (begin|end)\{{array\}} ({GROUP})?        =>  \1{{matrix}}
+    (begin|end)\{{ (?! (?:equation\*?|{TABLES}|{BLOCKS})\}} ) ([A-Za-z]+)\*? \}}
+                                             =>  \1{{called}}{{\2}}
+    end\{{called\}} {GROUP}                  =>  end{{called}}
+    (begin\{{called\}}{GROUP} | \\item{END} | begin\{{[a-z*]+\}}(?<!called\}}))
+    (\[[A-Za-z0-9\ .,:()-]*\])?              =>  \1\2{{}}
+    (begin\{{(?:itemize|enumerate)\}})
+    (?: \{{\}} | \[[^][]*\] )* (?: \s* \\item{END} (?:\{{\}})? )?
+                                             =>  \1\\item{{}}
+    \\ (?! (?:{SIGNS}|{OVER}|{FRACTIONS}|{TEXT}|{KEPT}){END} ) ([A-Za-z]+)
+                                             =>  \\textsf{{\1}}
+    ([_^] | \\(?:{OVER}|{FRACTIONS}){END}) \s* ([A-Za-z0-9*] | \\[A-Za-z]+(?:{GROUP})?)
+                                             =>  \1{{\2}}
+    (\\(?:{FRACTIONS})\s*{ARGUMENT}) \s* ([A-Za-z0-9])
+                                             =>  \1{{\2}}
+    ([_^]) ({GROUP} (?: (?!\1)[_^]{GROUP} )?) (?= \s*\1 )
+                                             =>  \1\2{{}}
+    (section\*?\{{ [^{{}}]{{300}})           =>  \1}}
+    ((?: [_^&'] (?: (?!\n\s*\n) [^_^&'] )* ){{80}})
+                                             =>  \1\n\n
+    ((?: (?!\n\s*\n) [\s\S] ){{5000}})       =>  \1\n\n
+"""
+TOKEN = rf"""(?x)
+    (?P<heading>  (?= \\(?:sub)*section{END} ) )                   # before it, all is closed
+  | (?P<break>    \n\s*\n\s* | (?= \\item{END} | \\begin\{{(?:equation|{BLOCKS}) ) )
+  | (?P<display>  \\begin\{{equation\*?\}} )
+  | (?P<text>     \\begin\{{(?:{BLOCKS})\}} | \\(?:{TEXT})\*?\s*\{{ )
+  | (?P<over>     \\begin\{{(?:{TABLES})\}} | \\(?:{OVER})\s*\{{ )
+  | (?P<fraction> \\(?:{FRACTIONS})(?={ARGUMENT}\s*{ARGUMENT})\{{ )
+  | (?P<group>    \{{ )
+  | (?P<dollar>   \$ )
+  | (?P<item>     \\item{END} )
+  | (?P<cell>     & | \\\\ )
+  | (?P<sign>     \\(?:{SIGNS}){END} | [_^](?=\s*\{{) )
+  | (?P<prose>    [A-Za-z]{{3,}} [ \n] [a-z]{{2,}} (?! [^{{}}$]* \}} ) )
+  | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
+  | (?P<other>    \\(?:ref|eqref|cite)(?:\[[^][{{}}]*\])?\{{[A-Za-z0-9:.,/_\ -]*\}}
+                | \\(?:q?quad|l?dots|S){END} | \\[ {{}}%#&_$,;:!|]
+                | [ \t\n!"'-\[\]`-z|~] )
+  | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
+"""
+DEEP = 14  # how much may be open at a time; a fraction itself needs up to five places
+
+MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[(\d)\])?\s*\{(.*)\}$'
 PREAMBLE = r"""\documentclass{amsart}
-\usepackage[utf8]{inputenc}
 \usepackage{amssymb}
 \allowdisplaybreaks
-\renewenvironment{cases}{\left\{\begin{array}{*{10}l}}{\end{array}\right.}
-\def\mathaccentV#1#2#3#4{\mathaccent"#2#3#4 }
 \let\boldsymbol\mathbf
-\renewcommand\addcontentsline[3]{}
-\renewcommand\ref[1]{\textsf{#1}}
-\renewcommand\eqref[1]{(\textsf{#1})}
-\renewcommand\cite[1]{[\textsf{#1}]}
-\newtheorem{my}{}[section]
+\def\mathaccentV#1#2#3#4{\mathaccent"#2#3#4 }
+\let\headed\section
+\renewcommand\section{\goodbreak\headed}
+\renewcommand\ref[1]{\texttt{\detokenize{#1}}}
+\renewcommand\eqref[1]{(\ref{#1})}
+\renewcommand\cite[2][]{[\ref{#2}]}
+\newcommand\name{}
+\newtheorem{block}{\expandafter\MakeUppercase\name}[section]
+\newenvironment{called}[1]{\renewcommand\name{#1}\begin{block}}{\end{block}}
 \title{A dream}
 \author{Wolfgang-GPT}
-\date{\today}"""
-
-ONES = '|'.join(ONE)
-SPELLINGS = {  # what can be written in several ways, and the way in which it is read below
-    r'\\end\{document\}(?s:.*)|\\begin\{document\}|\\label\{[^{}]*\}': ' ',
-    r'(?<!\\)\\(?=\s)': ' ',
-    r'(?<!\\)\\[()]': '$',
-    r'\$\$([^$]*)\$\$': r'\\[\1\\]',
-    r'\\par(?![A-Za-z])': '\n\n',
-    r'\s*\n\s*\n\s*': '\n\n',
-    r'(begin|end)\{(?:equation\*|displaymath)\}': r'\1{equation}',
-    r'(begin|end)\{(?:align|gather|multline|eqnarray|flalign)\*?\}': r'\1{align*}',
-    r'\\begin\{align\*\}': r'\g<0>\\,',  # amsmath divides by the width
-    r'(begin|end)\{(?:split|gathered)\}': r'\1{aligned}',
-    r'(begin|end)\{array\}(\{[^{}]*\})?': r'\1{matrix}',
-    r'(begin|end)\{description\}': r'\1{itemize}',
-    r'(begin\{(?:itemize|enumerate)\})(\s*\[[^][]*\])?(\s*\\item(?![A-Za-z]))?': r'\1\\item ',
-    rf'(begin|end)\{{(?!({KNOWN})\}})([A-Za-z]+)\*?\}}': r'\1{my\3}',
-    r'frac\s*(\d)\s*(\d)': r'frac{\1}{\2}',
-    rf'((?:[_^]|\\(?:{ONES})(?![A-Za-z])))\s*([A-Za-z0-9*]|#\d)': r'\1{\2}',
-    rf'((?:[_^]|\\(?:{ONES})(?![A-Za-z])))\s*(\\[A-Za-z]+(\{{[^{{}}]*\}})?)': r'\1{\2}',
-}
-FENCE = r'''(?: [][()/|.<>] | \\[{}|] | \\[lr](?:angle|floor|ceil|vert|Vert)(?![A-Za-z]) )'''
-MACRO = re.compile(r"""(?xs)
-    \\(?:(?:re)?newcommand|(?P<operator>DeclareMathOperator))\*? \s*
-    \{?\\(?P<name>[A-Za-z]+)\}? \s* (?:\[(?P<n>[12])\])? \s* \{(?P<body>.*)\} \s*
-""")
-TOKEN = re.compile(rf"""(?xs)
-    (?P<blank>    \n\n )
-  | (?P<space>    [\s~]+ )
-  | (?P<display>  \\\[ | \\begin\{{(?:equation|align\*)\}} )
-  | (?P<table>    \\begin\{{(?:{TABLES})\}} )
-  | (?P<block>    \\begin\{{(?P<begun>[A-Za-z]{{1,40}})\}} (?:\[[A-Za-z0-9 .,:()-]*\])? )
-  | (?P<end>      \\end\{{[A-Za-z]+\*?\}} | \\\] | \}} )
-  | (?P<heading>  \\(?:part|(?:sub)*section|paragraph)(?![A-Za-z])\*? )
-  | (?P<item>     \\item(?![A-Za-z]) (?:\s*\[[A-Za-z0-9 .,:()-]*\])? )
-  | (?P<left>     \\left(?![A-Za-z]) \s* {FENCE} )
-  | (?P<right>    \\right(?![A-Za-z]) \s* {FENCE} )
-  | (?P<row>      \\\\ (?:\*?\s*\[[^][{{}}]*\])? )
-  | (?P<symbol>   \\[{{}}%#&_$,;:!] )
-  | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
-  | (?P<word>     \\(?P<name>[A-Za-z]{{1,40}}) )
-  | (?P<script>   [_^] )
-  | (?P<prose>    [A-Za-z]{{3,40}} [ \n] [a-z]{{2,40}} )
-  | (?P<prime>    '+ )
-  | (?P<other>    [A-Za-z0-9]{{1,40}} | . )
-""")
+\date{\today}
+\begin{document}
+\maketitle
+"""
 
 
-@dataclass
-class Open:
-    """What is open: the document, a list, a formula, a brace, an argument that is yet to come."""
-    closer: str  # what ends it; {} is the argument
-    math: bool = False  # whether mathematics stands in it, or text
-    once: bool = False  # whether it ends by itself after one thing
-    table: bool = False  # whether & and \\ may stand in it,
-    cells: int = 0  # and how many & this row has
-    scripts: str = '^_'  # those that can't come next: two of a kind are an error
+def mend(text, rules):
+    """LaTeX that TeX gets through, as near to a text as it gets.
 
-
-def mend(text, macros):
-    """LaTeX that compiles, as near to a text as it gets.
-
-    What is open is closed where its surroundings end; what closes nothing goes. An argument that
-    is missing is empty. Mathematics in a text brings its own dollars, and text in mathematics its
-    own \\text. A word that isn't known to be harmless, or the author's, shows its name.
+    What is open is closed where its surroundings end; what closes nothing goes. Mathematics in a
+    text brings its own dollar. A word that isn't known to be harmless shows its name.
     """
-    words = {**WORDS, **macros}
-    text = re.sub(f'[^ -~\\n\\t{LETTERS}]', '?', unicodedata.normalize('NFKC', text))
-    for ways, way in SPELLINGS.items():
-        text = re.sub(ways, way, text)
-    out, opened = [], [Open('\\end{document}')]
+    for ways, way in rules:
+        text = re.sub(ways, way, text, flags=re.VERBOSE)
+    out = []
+    closers = ['\\end{document}']  # of what is open, how it ends
+    math = [False]  # and whether mathematics stands in it, or text
 
-    def push(written, closer, math=False, once=False, table=False):
+    def push(written, closer, mode):
         out.append(written)
-        opened.append(Open(closer, math, once, table))
+        closers.append(closer)
+        math.append(mode)
 
     def close(place):
-        while len(opened) > place:
-            out.append(opened.pop().closer)
+        while len(closers) > place:
+            out.append(closers.pop())
+            math.pop()
 
-    def last(*closers):
-        """The place of the innermost that ends so; beyond all if there is none."""
-        return max((i for i, thing in enumerate(opened) if thing.closer in closers),
-                   default=len(opened))
-
-    def end_paragraph():
-        while opened[-1].math or not opened[-1].closer.startswith('\\end'):
-            close(len(opened) - 1)
-        out.append('\n')
-
-    for n, token in enumerate(TOKEN.finditer(text), 1):
-        kind, written, name = token.lastgroup, token[0], token['name']
-        no_argument = kind != 'space' and written != '{'
-        while opened[-1].once or opened[-1].closer == '{}' and no_argument:
-            close(len(opened) - 1)
-        lost = kind == 'prose' and opened[-1].math  # most likely a dollar is missing
-        if kind in BETWEEN or lost or len(opened) > DEEP or n % LONG == 0:
-            end_paragraph()
-        if (kind in FORMULA or name in words) and not opened[-1].math:
-            push('$', '$', True, once=True)
-        if (kind == 'letter' or name in TEXT) and opened[-1].math:
-            push('\\text{', '}', once=True)
-        top, size = opened[-1], len(out)
-        scripts, top.scripts = top.scripts, ''
-
-        if kind == 'blank':
-            out.append(PARAGRAPH)
-        elif kind == 'space':
-            out.append('\n' if '\n' in written else ' ')
-        elif kind == 'heading':
+    for token in re.finditer(TOKEN, text):
+        kind, written = token.lastgroup, token[0]
+        if kind == 'heading' or len(closers) > DEEP:
             close(1)
-            push(PARAGRAPH + written, '{}')
-        elif kind == 'block':
-            if len(opened) > 4:
-                close(1)
-            push(written + '{}', f'\\end{{{token["begun"]}}}')
-        elif kind == 'item':
-            close(last(*LISTS) + 1)
-            if opened[-1].closer in LISTS:
-                out.append(written + '{}')
+        if kind == 'break' or kind == 'prose' and math[-1]:  # a paragraph, a formula ends
+            while math[-1] or closers[-1] == '}':
+                close(len(closers) - 1)
+        if kind in ('sign', 'over', 'fraction', 'dollar') and not math[-1]:  # a formula begins
+            push('$ ', '$', True)
+            if kind == 'dollar':
+                continue
 
-        elif written == '\\[':
-            push(written, '\\]', True)
-        elif kind == 'display':
-            push(written, written.replace('begin', 'end'), True, table='align' in written)
-        elif kind == 'table':
-            push(written + '{}', written.replace('begin', 'end'), True, table=True)
-        elif kind == 'left':
-            push(written + ' ', '\\right.', True)
-        elif kind == 'right':
-            close(last('\\right.') + 1)
-            if opened[-1].closer == '\\right.':
-                opened[-1].closer = written + ' '
-                close(len(opened) - 1)
-        elif kind == 'end' or written == '$' and top.math:
-            close(last(written))
-        elif written == '$':
-            push('$', '$', True)
-        elif written == '{' and top.closer == '{}':  # the argument begins
-            top.closer = '}'
-            out.append('{')
-        elif written == '{':
-            push('{', '}', top.math)
-
-        elif kind == 'script':
-            if written in scripts:
-                out.append('{}')
-                scripts = ''
-            top.scripts = scripts + written
-            push(written, '{}', True)
-        elif kind == 'prime' and top.math:
-            out.append('{}' + written)
-            top.scripts = '^'
-        elif kind == 'row':
-            out.append('\\\\{}\n' if top.table else ' ')
-            top.cells = 0
-        elif written == '&' and top.table and top.cells < 9:
-            out.append('&')
-            top.cells += 1
-        elif name in TEXT:
-            push(written, '{}')
-        elif name in words:
-            if name in macros:
-                written, top.scripts = f'\\my{name}', '^_'
-            out.append(written + ' ')
-            for _ in range(words[name]):
-                push('', '{}', True)
-        elif kind == 'word':
-            out.append('' if name in SILENT else f'\\textsf{{{name}}}')
-        elif written in '&#%':
-            out.append('\\' + written)
-        elif written != '\\':
-            out.append(written)
-        if not ''.join(out[size:]).strip():  # nothing came
-            top.scripts = scripts
+        if kind == 'fraction' and len(closers) > DEEP - 6:
+            written = '{'
+        if kind in ('text', 'display', 'over', 'fraction', 'group'):
+            closer = written.replace('begin', 'end') if 'begin' in written else '}'
+            push(written, closer, {'text': False, 'display': True}.get(kind, math[-1]))
+        elif written in closers:
+            close(len(closers) - 1 - closers[::-1].index(written))
+        else:
+            fits = dict(cell=math[-1] and closers[-1].startswith('\\end'), letter=not math[-1],
+                        item=len(closers) > 1, end=False, dollar=False)
+            out.append(written if fits.get(kind, True) else '{}')
     close(1)
-    text = re.sub(r'(\\[A-Za-z]+) (?![A-Za-z])', r'\1', ''.join(out))
-    text = re.sub(r'\$(?=\$)', '$ ', text)  # $$ would be a display
-    return re.sub(r'\n\s+', '\n', text).replace(PARAGRAPH[1:], '\n')  # no blank lines but these
+    return ''.join(out)
 
 
 def document(texts):
-    """A paper of these texts; before them the author's macros of mathematics, mended, under names
-    that are not LaTeX's. A macro may use those before it that use none."""
-    macros, plain, lines = {}, {}, [PREAMBLE]
-    for match in filter(None, map(MACRO.fullmatch, saved.get('macros', []))):
-        name, n, body = match['name'], match['n'] or '0', match['body']
-        if match['operator']:
-            body = f'\\operatorname{{{body}}}'
-        body = mend(f'${body}$', plain).replace('\\#', '#')
-        wrong = re.search(rf'\\({"|".join(TEXT)})\{{[^}}]*#|.\$.|\n|#[^{"12"[:int(n)]}\n]', body)
-        if not wrong and name not in macros:
-            macros[name] = int(n)
-            if '\\my' not in body:
-                plain[name] = int(n)
-            lines.append(f'\\newcommand\\my{name}[{n}]{{{body.strip("$")}}}')
-    for i, text in enumerate(texts):
-        if len(texts) > 1 and not text.startswith('\\section'):
-            text = f'\\section{{Text {i + 1}}}\n{text}'
-        texts[i] = mend(text, macros)
-    body = '\n\n'.join(texts)
-    for name in sorted(set(re.findall(r'\\begin\{my(.*?)\}', body))):
-        lines.append(f'\\newtheorem{{my{name}}}[my]{{{name.capitalize()}}}')
-    return '\n'.join([*lines, '\\begin{document}', '\\maketitle', body, '\\end{document}', ''])
+    """A paper of these texts, the author's macros in them written out."""
+    rules = []
+    for name, n, meaning in reversed(re.findall(MACRO, '\n'.join(saved.get('macros', [])))):
+        n = int(n or 0)
+        word = rf'\\{name}{END}' + rf'({ARGUMENT})' * n + '()' * (9 - n)
+        rules.append((word, re.sub('#([1-9])', r'\\g<\1>', meaning.replace('\\', r'\\'))))
+    rules += re.findall(r'(?s)(\S.*?)\s+=>\s+(\S+)', SPELLINGS)
+    body = '\n\n\\section*{Another dream}\n\n'.join(mend(text, rules) for text in texts)
+    return f'{PREAMBLE}{body}\n\\end{{document}}\n'
 
 
 # -------------------------------------------------------------------------------------------------
