@@ -44,11 +44,8 @@ for name, ending in (attention, '.html'), (page, '.html'), (tex, '.tex'):
 
 
 def contents(path):
-    try:
-        with open(os.path.expanduser(path), encoding='utf-8-sig', errors='replace') as file:
-            return file.read()
-    except OSError as error:
-        fail(error)
+    with open(os.path.expanduser(path), encoding='utf-8-sig', errors='replace') as file:
+        return file.read()
 
 
 model, tokenizer, saved = load(os.path.join(out_dir, 'ckpt.safetensors'))
@@ -81,11 +78,8 @@ def read(ids):
 def show(path, ids, bits, likely, **more):
     """Write the page of a text that was read."""
     tokens = [token.decode('utf-8', 'backslashreplace') for token in tokenizer.tokens]
-    try:
-        write_page(path, ids=ids.tolist(), bits=bits.round(decimals=2).tolist(),
-                   likely=likely.round(decimals=4).tolist(), tokens=tokens, **more)
-    except OSError as error:
-        fail(f'{path}: {error}')
+    write_page(path, ids=ids.tolist(), bits=bits.round(decimals=2).tolist(),
+               likely=likely.round(decimals=4).tolist(), tokens=tokens, **more)
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
 
 
@@ -392,8 +386,5 @@ else:
             texts[n] += piece
         print()
     if tex:
-        try:
-            gpt.write(tex, document(texts).encode())
-        except OSError as error:
-            fail(f'{tex}: {error}')
+        gpt.write(tex, document(texts).encode())
         print(f'written {tex}; to see it: pdflatex -interaction=nonstopmode {tex}, or Overleaf')
