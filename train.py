@@ -66,7 +66,7 @@ table_rate = 0.1  # of adamw for embeddings, if the rest has muon
 beta1 = 0.8  # adamw's memory of gradients
 beta2 = 0.99  # adamw's memory of their squares
 weight_decay = 0.2  # adamw's
-matrix_decay = 0.0  # muon's weight decay
+matrix_decay = 0.2  # muon's weight decay
 warmup_iters = 30  # steps in which the rates rise to their value
 decay_lr = True  # let the rates fall to 0 in a line
 # the machine
