@@ -43,7 +43,7 @@ quiet()
 
 MEMBER = 2**26  # the most bytes that one file may have
 WHOLE = 2**30  # the most bytes that one archive may unpack to
-SMALL = 200_000  # with fewer characters than this one had better finetune
+SMALL = 500_000  # with fewer characters than this one had better finetune
 
 sources = []  # what became of each file that might be LaTeX
 others = Counter()  # the endings of all other files
@@ -406,10 +406,10 @@ train, val = text[:cut], only_new(text[cut:], text[:cut])
 left_out = len(text) - len(train + val)
 text = train + val
 
-print(f'learning tokens from {cut:,} characters ...', flush=True)
 if tokenizer_from:
     _, tokens, _ = load(tokenizer_from)
 else:
+    print(f'learning tokens from {cut:,} characters ...')
     size = MAX_VOCAB if tokenizer == 'char' else vocab_size
     tokens = TOKENIZERS[tokenizer].learn(train, size)
 V = len(tokens.tokens)
@@ -440,23 +440,25 @@ for row in amiss[:20]:
 if len(amiss) > 20:
     print(f'  and {len(amiss) - 20} more, all in {show(folder)}/meta.json')
 every = ids['train'] + ids['val']
-next_line = f'python train.py --dataset={show(dataset)}'
+base = show(tokenizer_from) or 'out/ckpt.safetensors'
+next_line = f'python train.py --dataset={show(dataset)} --out_dir=out-{show(dataset)}'
+if tokenizer_from:
+    next_line += f' --init_from={base}'
 print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped
 not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
 encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
 {len(set(text))} different ones
-left out     {left_out:,} of the last {val_fraction:.0%}, which stand nearly so in what is before
-begins       {text[:60]!r}
+left out     {left_out:,} characters of the last {val_fraction:.0%}: they stand nearly so in the rest
+begins       {' '.join(text[:60].split())}
 tokens       {len(every):,} of {V:,} kinds ({tokens.kind}), \
 {len(text) / len(every):.2f} characters a token
 unknown      {every.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)):,} of the tokens
 split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
-to be beaten {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
+yardsticks   {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
 bits per character""")
 if len(text) < SMALL and not tokenizer_from:
     print(f"""small        too little to learn a language from, but enough to finetune a model:
-    python prepare.py --source={show(source)} --dataset={show(dataset)} \
---tokenizer_from=out/ckpt.safetensors
-    {next_line} --init_from=out/ckpt.safetensors --out_dir=finetuned""")
+    python prepare.py --source={show(source)} --dataset={show(dataset)} --tokenizer_from={base}
+    {next_line} --init_from={base}""")
 print(f'written      {show(folder)}; next: {next_line}')

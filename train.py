@@ -252,8 +252,8 @@ def progress():
 
 
 def time_left(done):
-    left = clock() * (1 / done - 1) if done else 60 * max_minutes
-    return f'{left // 60:.0f}m{left % 60:02.0f}s left' if left else ''
+    left = int(clock() * (1 / done - 1) if done else 60 * max_minutes)
+    return f'{left // 60}m{left % 60:02}s left' if done or max_minutes else ''
 
 
 def write_some():
@@ -364,8 +364,8 @@ def due():
 
 if not os.path.exists(PAGE):
     print(f'there is no {PAGE}, so there will be no page of this run')
-print(f'{model.config.n_params:,} parameters, {len(train):,} tokens to learn from, '
-      f'{each * block_size:,} in a step; {device}' + (f'; resumed at step {i}' if i else ''))
+print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, {walk_steps:,} steps to see '
+      f'them once; {device}' + (f'; resumed at step {i}' if i else ''))
 while True:
     state = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
     if world > 1:
