@@ -21,6 +21,7 @@ What [1] writes, and where it stands here:
 """
 import argparse
 import codecs
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 # Before torch is loaded: a thread that has waited for a while leaves its core to others.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -63,7 +65,7 @@ def pieces(text):
     >>> list(pieces(r'Let $\\alpha_1>0$.'))
     ['Let', ' $', '\\\\alpha', '_', '1', '>', '0', '$.']
     """
-    return (match.group() for match in PIECE.finditer(text))
+    return map(re.Match.group, PIECE.finditer(text))
 
 
 class CharTokenizer:
@@ -77,7 +79,6 @@ class CharTokenizer:
     split = staticmethod(iter)  # a text into the units that become tokens
 
     def __init__(self, learned):
-        assert len(learned) <= MAX_VOCAB, 'too many tokens'
         self.learned = learned  # all that a checkpoint needs to know
         self.tokens = [unit.encode() for unit in learned]  # the bytes of each token
         self.ids = {unit: i for i, unit in enumerate(learned)}
@@ -85,9 +86,8 @@ class CharTokenizer:
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
-        counts = Counter(cls.split(text))
-        units = {unit for unit, _ in counts.most_common(vocab_size - 1)}
-        return cls(sorted(units - {UNKNOWN}) + [UNKNOWN])
+        units = dict(Counter(cls.split(text)).most_common(vocab_size - 1))
+        return cls(sorted({*units, UNKNOWN}))
 
     def encode(self, text):
         return [self.ids.get(unit, self.unknown) for unit in self.split(text)]
@@ -109,6 +109,16 @@ class WordTokenizer(CharTokenizer):
     split = staticmethod(pieces)
 
 
+def as_bytes(piece):
+    """A piece as a string in which chr(i) is byte i."""
+    return piece.encode('utf-8', 'replace').decode('latin-1')
+
+
+def pairs(word):
+    """What stands side by side in a string: abc has ab and bc."""
+    return map(''.join, zip(word, word[1:]))
+
+
 class BPETokenizer(CharTokenizer):
     """Byte pairs (arXiv:1508.07909): the first 256 tokens are the bytes, and each further one
     joins the two tokens that most often stand side by side within a piece. Nothing is unknown.
@@ -123,63 +133,51 @@ class BPETokenizer(CharTokenizer):
     kind = 'bpe'
 
     def __init__(self, learned):
-        assert len(learned) <= MAX_VOCAB - 256, 'too many merges'
         self.learned = learned  # pairs of tokens, in the order in which they were merged
         self.ids = {chr(a) + chr(b): 256 + i for i, (a, b) in enumerate(learned)}
         self.tokens = [bytes([byte]) for byte in range(256)]
         for a, b in learned:
             self.tokens.append(self.tokens[a] + self.tokens[b])
             assert len(self.tokens[-1]) <= 256, 'a token that is longer than any piece'
-        self.merged = {}  # the ids of each piece that was met
-
-    @staticmethod
-    def as_bytes(piece):
-        return piece.encode('utf-8', 'replace').decode('latin-1')  # chr(i) is byte i
+        self.merge = functools.cache(self.merge)  # most pieces come often
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
-        times = Counter(map(cls.as_bytes, pieces(text)))
-        words = dict(enumerate(times))
+        times = Counter(map(as_bytes, pieces(text)))
+        words = list(times)
         times = list(times.values())
         merges = []
         total = Counter()  # how often a pair stands in the text,
         where = defaultdict(set)  # and in which words
 
         def count(w, sign):
-            for pair in zip(words[w], words[w][1:]):
+            for pair in pairs(words[w]):
                 total[pair] += sign * times[w]
                 where[pair].add(w)
 
-        for w in words:
+        for w in range(len(words)):
             count(w, +1)
-        while len(merges) < vocab_size - 256 and total:
-            best = max(total, key=total.get)  # of equal ones the one that was seen first
+        for new in range(256, vocab_size):
+            best = max(total, key=total.get, default=None)  # of equal ones the first that was seen
             if total[best] < 2:
                 break
-            merges.append([ord(token) for token in best])
-            new = chr(255 + len(merges))
+            merges.append([*map(ord, best)])
             for w in where.pop(best):
                 count(w, -1)
-                words[w] = words[w].replace(''.join(best), new)
+                words[w] = words[w].replace(best, chr(new))
                 count(w, +1)
-            del total[best]
         return cls(merges)
 
     def merge(self, piece):
         """The ids of one piece: pairs merge in the order in which they were learned."""
-        word = self.as_bytes(piece)
-        while pairs := [a + b for a, b in zip(word, word[1:]) if a + b in self.ids]:
-            first = min(pairs, key=self.ids.get)
+        word = as_bytes(piece)
+        while known := self.ids.keys() & pairs(word):
+            first = min(known, key=self.ids.get)
             word = word.replace(first, chr(self.ids[first]))
-        return [ord(token) for token in word]
+        return [*map(ord, word)]
 
     def encode(self, text):
-        ids = []
-        for piece in pieces(text):
-            if piece not in self.merged:
-                self.merged[piece] = self.merge(piece)
-            ids += self.merged[piece]
-        return ids
+        return [i for piece in pieces(text) for i in self.merge(piece)]
 
 
 TOKENIZERS = {'char': CharTokenizer, 'word': WordTokenizer, 'bpe': BPETokenizer}
@@ -215,32 +213,27 @@ class GPTConfig:
     smear: bool = True
 
     def __post_init__(self):
-        assert self.n_head > 0, 'n_head is at least 1'
+        sizes = self.vocab_size, self.block_size, self.n_head, self.n_embd
+        assert min(sizes) > 0, 'sizes are above 0'
+        assert self.n_layer <= 1000, 'n_layer is at most 1000'
+        assert self.vocab_size <= MAX_VOCAB, 'too many tokens'
         assert self.head_dim or self.n_embd % self.n_head == 0, (
             f'n_embd={self.n_embd} is no multiple of n_head={self.n_head}; or set head_dim')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
         if self.n_layer == 0:  # the bigram model: nothing in it knows of other tokens
             self.position, self.smear = 'none', False
-        sizes = self.vocab_size, self.block_size, self.n_embd, self.head_dim, self.mlp_dim
-        assert min(sizes) > 0 and self.n_layer >= 0, 'sizes are above 0'
         assert self.block_size * self.head_dim <= 2**26, 'block_size x head_dim is at most 2^26'
         assert 0 <= self.dropout < 1, 'dropout is below 1'
-        assert self.position in POSITIONS and self.activation in ACTIVATIONS, 'no such word'
+        assert self.position in POSITIONS, 'no such position'
         assert self.position != 'rotary' or self.head_dim % 2 == 0, (
             'rotary positions turn planes: head_dim is even, or take position=learned')
 
     @property
     def n_params(self):
-        """The exact number of parameters."""
-        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
-        norm = 2 * C * self.norm_weights
-        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings + HD * self.smear
-        mlp = 2 * C * M + (M + C) * self.bias
-        block = norm + attention + norm + mlp
-        token = V * C + C * self.smear + self.block_size * C * (self.position == 'learned')
-        head = norm + V * C * (not self.tied) + V * self.bias
-        return token + self.n_layer * block + head
+        """The exact number of parameters, counted on shapes without numbers."""
+        with torch.device('meta'):
+            return sum(p.numel() for p in GPT(self).parameters())
 
 
 def attention_weights(q, k, is_causal=False):
@@ -288,25 +281,22 @@ class Cache:
     def __init__(self):
         self.length = 0  # tokens so far
         self.last = {}  # of the last one its vector and each layer's key, (B, 1, ...), for smear
-        self.keys, self.values = {}, {}  # of each layer, (B, H, length, D)
+        self.past = {}  # of each layer the keys and the values, (B, H, length, D)
 
-    def append(self, layer, k, v):
-        """Add a layer's new keys and values, (B, H, T, D) each; return all so far."""
-        if layer in self.keys:
-            k = torch.cat((self.keys[layer], k), dim=2)
-            v = torch.cat((self.values[layer], v), dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+    def append(self, name, x):
+        """Put x (B, H, T, D) behind what is kept by this name; return all of it."""
+        if name in self.past:
+            x = torch.cat((self.past[name], x), dim=2)
+        self.past[name] = x
+        return x
 
 
 def smeared(x, share, name, cache):
     """To each of x (B, T, C) a share, learned for each channel, of the one before it. So the first
     block knows pairs, and a query can look for what stood before a token. The idea is that of the
     smeared keys in arXiv:2209.11895. What a cache knows by this name stands before the first."""
-    before = torch.zeros_like(x[:, :1])
-    if cache:
-        before = cache.last.get(name, before)
-        cache.last[name] = x[:, -1:]
+    before = cache.last.get(name, torch.zeros_like(x[:, :1]))
+    cache.last[name] = x[:, -1:]
     return x + share * torch.cat((before, x[:, :-1]), dim=1)
 
 
@@ -328,23 +318,25 @@ class SelfAttention(nn.Module):
         if config.smear:
             self.smear = nn.Parameter(torch.zeros(HD))
 
+    def heads(self, x):
+        """(B, T, H D) to (B, H, T, D)."""
+        return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
+
     def forward(self, x, idx, turn, cache):
-        c, (B, T, _) = self.config, x.shape
+        c = self.config
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H D) each
         if c.value_embeddings:
             v = v + self.value_table(idx)
         if c.smear:
             k = smeared(k, self.smear, self.layer, cache)
-        q = q.view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
-        v = v.view(B, T, c.n_head, c.head_dim).transpose(1, 2)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D) each
         if c.position == 'rotary':
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if cache:
-            k, v = cache.append(self.layer, k, v)
+        k = cache.append(f'keys {self.layer}', k)
+        v = cache.append(f'values {self.layer}', v)
         # A single new token needs no mask: all that is there is its past.
-        y = fused_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H D)
+        y = fused_attention(q, k, v, is_causal=q.size(2) > 1)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         return self.out(y)  # (B, T, C)
 
 
@@ -408,7 +400,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, cache=None):
         c, T = self.config, idx.size(1)
-        start = cache.length if cache else 0
+        cache = cache or Cache()
+        start = cache.length
         assert start == 0 or T == 1, 'a cache that holds tokens takes one more at a time'
         assert start + T <= c.block_size, f'more than block_size={c.block_size} tokens'
 
@@ -421,8 +414,7 @@ class GPT(nn.Module):
         turn = self.turn[:, start:start + T]  # (2, T, D/2)
         for block in self.blocks:
             x = block(x, idx, turn, cache)
-        if cache:
-            cache.length += T
+        cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
 
 
@@ -442,8 +434,8 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_k or top_p < 1:
         best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
         before = best.cumsum(dim=-1) - best  # the probability of all that are likelier
-        kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1)
-        p = p.where(p >= best.gather(1, kept - 1), 0)
+        least = best.where(before < top_p, best[:, :1]).amin(dim=-1, keepdim=True)  # (B, 1)
+        p = p.where(p >= least, 0)
     return torch.multinomial(p, 1, generator=generator)
 
 
@@ -457,13 +449,14 @@ def generate(model, idx, max_new_tokens, **how):
     """
     window = model.config.block_size
     seen = new = idx[:, -window:]  # (B, T)
-    cache = Cache()
+    cache = Cache()  # of all that was seen but what is new
     for _ in range(max_new_tokens):
-        if cache.length + new.size(1) > window:
-            new, cache = seen[:, -max(1, window // 2):], Cache()
+        if seen.size(1) > window:
+            seen = new = seen[:, -max(1, window // 2):]
+            cache = Cache()
         logits = model(new, cache)[:, -1]  # (B, V)
         new = next_token(logits, **how)  # (B, 1)
-        seen = torch.cat((seen, new), dim=1)[:, -window:]
+        seen = torch.cat((seen, new), dim=1)
         yield new[:, 0]
 
 
@@ -486,6 +479,11 @@ def orthogonalize(G, steps=3):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
+
+
+TABLES = 'token.weight', 'place.weight', 'table.weight'
+MATRICES = ('query.weight', 'key.weight', 'value.weight', 'out.weight', 'up.weight',
+            'down.weight')
 
 
 @dataclass
@@ -525,36 +523,35 @@ class Optimizer:
 
     def __post_init__(self):
         self.state = {}  # tensors by name: what a checkpoint keeps
-        self.adam, self.stacks = {}, defaultdict(dict)  # of parameters by name
+        self.rates = {}  # by the parameters' names
         for name, w in self.model.named_parameters():
             self.state[f'mean.{name}'] = torch.zeros_like(w)
-            table = name.endswith(('token.weight', 'place.weight', 'table.weight'))
-            if self.muon and name.startswith('blocks.') and w.dim() == 2 and not table:
-                self.stacks[w.shape][name] = w
+            self.rates[name] = self.learning_rate
+            if self.muon and name.endswith(TABLES):
+                self.rates[name] = self.table_rate
+            if self.muon and name.endswith(MATRICES):
+                self.rates[name] = self.matrix_rate
             else:
                 self.state[f'square.{name}'] = torch.zeros_like(w)
-                self.adam[name] = w, self.table_rate if self.muon and table else self.learning_rate
 
     @torch.no_grad()
     def step(self, t, share=1.0):
         """Step t = 1, 2, ... with this share of each rate."""
-        for name, (w, rate) in self.adam.items():
-            mean, square = self.state[f'mean.{name}'], self.state[f'square.{name}']
-            r = share * rate
-            mean.lerp_(w.grad, 1 - self.beta1)
-            square.lerp_(w.grad.square(), 1 - self.beta2)
-            size = (square / (1 - self.beta2**t)).sqrt() + 1e-8
-            w.mul_(1 - r * self.weight_decay)
-            w.addcdiv_(mean, size, value=-r / (1 - self.beta1**t))
-
-        for (n, m), stack in self.stacks.items():  # matrices of one shape go through as one
-            r, ahead = share * self.matrix_rate, []
-            for name, w in stack.items():
-                mean = self.state[f'mean.{name}'].lerp_(w.grad, 1 - self.momentum)
-                ahead.append(w.grad.lerp(mean, self.momentum))
-            for w, X in zip(stack.values(), orthogonalize(torch.stack(ahead))):
+        for name, w in self.model.named_parameters():
+            g, r, mean = w.grad, share * self.rates[name], self.state[f'mean.{name}']
+            if self.muon and name.endswith(MATRICES):
+                n, m = w.shape
+                mean.lerp_(g, 1 - self.momentum)
+                X = orthogonalize(g.lerp(mean, self.momentum))
                 w.mul_(1 - r * self.matrix_decay)
                 w.sub_(r * max(1, n / m) ** 0.5 * X)
+            else:
+                square = self.state[f'square.{name}']
+                mean.lerp_(g, 1 - self.beta1)
+                square.lerp_(g.square(), 1 - self.beta2)
+                size = (square / (1 - self.beta2**t)).sqrt() + 1e-8
+                w.mul_(1 - r * self.weight_decay)
+                w.addcdiv_(mean, size, value=-r / (1 - self.beta1**t))
 
 
 def learn_pairs(model, ids, iterations, most=2**23):
@@ -568,11 +565,10 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """
     V = model.config.vocab_size
     a, b = ids[:-1], ids[1:]  # (N - 1,) each
-    rows = a.bincount(minlength=V).topk(min(V, max(1, most // V))).indices  # (R,)
-    row = torch.full((V,), -1)
-    row[rows] = torch.arange(len(rows))
-    known = row[a] >= 0
-    n = (row[a] * V + b)[known].bincount(minlength=len(rows) * V).view(-1, V)  # (R, V)
+    rows = a.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
+    n = torch.sparse_coo_tensor(ids.unfold(0, 2, 1).T, torch.ones(len(a)), (V, V),
+                                check_invariants=True)
+    n = n.index_select(0, rows).to_dense()  # (R, V)
     weight = n / n.sum()
     ends = nn.ModuleDict(dict(token=model.token, head=model.head))
     optimizer = Optimizer(ends, learning_rate=0.02, table_rate=0.2, matrix_rate=0.0)
@@ -603,23 +599,22 @@ def override(settings, **allowed):
     def boolean(text):
         return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
 
-    with open(settings['__file__'], encoding='utf-8') as file:
-        comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', file.read(), re.MULTILINE))
+    kinds = {bool: boolean, int: int, float: float, str: os.path.expanduser}
+    script = Path(settings['__file__']).read_text('utf-8')
+    comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', script, re.MULTILINE))
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
     for name, value in settings.items():
-        if name[0].islower() and type(value) in (bool, int, float, str):
-            kind = {bool: boolean, str: os.path.expanduser}.get(type(value), type(value))
-            parser.add_argument(f'--{name}', default=value, metavar=repr(value), type=kind,
+        if name[0].islower() and type(value) in kinds:
+            parser.add_argument(f'--{name}', default=value, metavar=repr(value),
+                                type=kinds[type(value)], nargs='?', const='',
                                 help=comments.get(name, '').replace('%', '%%'))
     config = vars(parser.parse_args())
 
     for name, value in config.items():
         bounds = allowed.get(name, 2**31)
-        if value == []:  # what argparse makes of --
-            right, wanted = False, 'a value; -- is no value'
-        elif isinstance(value, str):
+        if isinstance(value, str):
             right, wanted = name not in allowed or value in bounds, bounds
         else:
             low, high = bounds if isinstance(bounds, tuple) else (0, bounds)
@@ -678,24 +673,14 @@ def write(path, data):
     os.replace(f'{path}.tmp', path)
 
 
-PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'page.html')
+PAGE = Path(__file__).resolve().parent / 'assets/page.html'
 
 
 def write_page(path, **data):
     """Write assets/page.html with what it shows in it; a browser needs nothing else."""
-    with open(PAGE, encoding='utf-8') as file:
-        text = file.read()
+    text = PAGE.read_text('utf-8')
     numbers = json.dumps(data).replace('<', '\\u003c')  # no text in it is a tag
     write(path, text.replace('DATA', numbers, 1).encode())
-
-
-def layout(shapes):
-    """Where tensors of these shapes stand in a checkpoint: one after the other, float32."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        entries[name] = dict(dtype='F32', shape=list(shape), data_offsets=[begin, end])
-    return entries
 
 
 def save(path, model, tokenizer, state={}, **more):
@@ -716,17 +701,19 @@ def save(path, model, tokenizer, state={}, **more):
             file.seek(8 + size + begin)
             numbers = struct.unpack(f'<{(end - begin) // 4}f', file.read(end - begin))
     """
-    tensors = dict(model.named_parameters())  # a tied table once
-    tensors.update({f'optimizer.{name}': tensor for name, tensor in state.items()})
+    tensors = {**state, **dict(model.named_parameters())}  # a tied table once
     more.update(config=vars(model.config), tokenizer=[tokenizer.kind, tokenizer.learned])
-    header = layout({name: tensor.shape for name, tensor in tensors.items()})
-    header['__metadata__'] = {name: json.dumps(value, allow_nan=False)
-                              for name, value in more.items()}
+    header = {'__metadata__': {name: json.dumps(value) for name, value in more.items()}}
+
+    numbers = bytearray()
+    for name, tensor in tensors.items():
+        begin, data = len(numbers), bytearray(4 * tensor.numel())
+        torch.frombuffer(data, dtype=torch.float32).copy_(tensor.detach().flatten())
+        numbers += data
+        header[name] = dict(dtype='F32', shape=tensor.shape, data_offsets=[begin, len(numbers)])
+
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
-    numbers = bytearray(4 * len(flat))
-    torch.frombuffer(numbers, dtype=torch.float32).copy_(flat)
     write(path, len(header).to_bytes(8, 'little') + header + numbers)
 
 
@@ -743,28 +730,25 @@ def load(path):
     line.
     """
     try:
-        assert os.path.isfile(path), 'there is no such file'
         with open(path, 'rb') as file:
             header, saved = read_header(file)
             data = bytearray(file.read())
-        shapes = {name: entry['shape'] for name, entry in header.items()}
-        assert header == layout(shapes), 'tensors that are not where they should be'
-        numbers = torch.frombuffer(data, dtype=torch.float32)
-        assert numbers.isfinite().all(), 'numbers that are not finite'
-        parts = numbers.split([math.prod(shape) for shape in shapes.values()])
-        tensors = {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
+        weights, state = {}, {}
+        for name, entry in header.items():
+            assert entry['dtype'] == 'F32', 'numbers that are not float32'
+            begin, end = entry['data_offsets']
+            numbers = torch.frombuffer(data[begin:end], dtype=torch.float32)
+            assert numbers.isfinite().all(), 'numbers that are not finite'
+            part = state if name.startswith(('mean.', 'square.')) else weights
+            part[name] = numbers.view(entry['shape'])
 
         (kind, learned), config = saved['tokenizer'], GPTConfig(**saved['config'])
         tokenizer = TOKENIZERS[kind](learned)
         assert len(tokenizer.tokens) == config.vocab_size, 'other tokens than the model has'
-        assert config.n_params <= len(numbers), 'fewer numbers than the model has'
+        assert config.n_params <= len(data) / 4, 'fewer numbers than the model has'
         model = GPT(config)
-        state = [name for name in tensors if name.startswith('optimizer.')]
-        saved['state'] = {name[len('optimizer.'):]: tensors.pop(name) for name in state}
-        if config.tied:
-            tensors['head.weight'] = tensors['token.weight']
-        model.load_state_dict(tensors)  # no other names, no other shapes
-        return model, tokenizer, saved
+        weights.setdefault('head.weight', weights['token.weight'])  # if they are tied
+        model.load_state_dict(weights)  # no other names, no other shapes
+        return model, tokenizer, dict(saved, state=state)
     except Exception as error:  # whatever a file that is damaged or hostile may cause
-        why = str(error)[:150] or type(error).__name__
-        fail(f'{path}: no checkpoint that can be read ({why}); train.py writes one')
+        fail(f'{path}: no checkpoint that can be read ({str(error)[:150]}); train.py writes one')
