@@ -134,9 +134,10 @@ class BPETokenizer(CharTokenizer):
 
     def __init__(self, learned):
         self.learned = learned  # pairs of tokens, in the order in which they were merged
-        self.ids = {chr(a) + chr(b): 256 + i for i, (a, b) in enumerate(learned)}
+        self.ids = {}  # of each pair what it becomes
         self.tokens = [bytes([byte]) for byte in range(256)]
         for a, b in learned:
+            self.ids[chr(a) + chr(b)] = len(self.tokens)
             self.tokens.append(self.tokens[a] + self.tokens[b])
             assert len(self.tokens[-1]) <= 256, 'a token that is longer than any piece'
         self.merge = functools.cache(self.merge)  # most pieces come often
@@ -366,9 +367,10 @@ class Block(nn.Module):
 
     def forward(self, x, idx, turn, cache):
         p = self.config.dropout
-        x = x + F.dropout(self.attention(self.norm1(x), idx, turn, cache), p, self.training)
-        x = x + F.dropout(self.mlp(self.norm2(x)), p, self.training)
-        return x  # (B, T, C)
+        heard = self.attention(self.norm1(x), idx, turn, cache)
+        x = x + F.dropout(heard, p, self.training)
+        thought = self.mlp(self.norm2(x))
+        return x + F.dropout(thought, p, self.training)  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -434,8 +436,8 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_k or top_p < 1:
         best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
         before = best.cumsum(dim=-1) - best  # the probability of all that are likelier
-        least = best.where(before < top_p, best[:, :1]).amin(dim=-1, keepdim=True)  # (B, 1)
-        p = p.where(p >= least, 0)
+        kept = best.where(before < top_p, best[:, :1])
+        p = p.where(p >= kept.amin(dim=-1, keepdim=True), 0)
     return torch.multinomial(p, 1, generator=generator)
 
 
@@ -565,9 +567,9 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """
     V = model.config.vocab_size
     a, b = ids[:-1], ids[1:]  # (N - 1,) each
+    both, ones = torch.stack((a, b)), torch.ones(len(a))
+    n = torch.sparse_coo_tensor(both, ones, (V, V), check_invariants=True)
     rows = a.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
-    n = torch.sparse_coo_tensor(ids.unfold(0, 2, 1).T, torch.ones(len(a)), (V, V),
-                                check_invariants=True)
     n = n.index_select(0, rows).to_dense()  # (R, V)
     weight = n / n.sum()
     ends = nn.ModuleDict(dict(token=model.token, head=model.head))
@@ -590,7 +592,8 @@ def fail(message):
 
 
 def override(settings, **allowed):
-    """Let the command line set the globals that a script has assigned so far; returns a dict.
+    """Let the command line set a script's settings: what stands above this call in lines like
+    `seed = 1  # comment`. Returns a dict of them.
 
     `settings` is the script's globals(). What a setting is allowed to be: a list of words, a pair
     of the smallest and the largest number, or the largest alone. If nothing is said, a number is
@@ -600,17 +603,18 @@ def override(settings, **allowed):
         return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
 
     kinds = {bool: boolean, int: int, float: float, str: os.path.expanduser}
-    script = Path(settings['__file__']).read_text('utf-8')
-    comments = dict(re.findall(r'^(\w+) = .*?  # (.*)$', script, re.MULTILINE))
+    block, _, _ = Path(settings['__file__']).read_text('utf-8').partition('= override(')
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
-    for name, value in settings.items():
-        if name[0].islower() and type(value) in kinds:
+    for name, comment in re.findall(r'^([a-z]\w*) = .*?(?:  # (.*))?$', block, re.MULTILINE):
+        value = settings[name]
+        if type(value) in kinds:
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
-                                type=kinds[type(value)], nargs='?', const='',
-                                help=comments.get(name, '').replace('%', '%%'))
+                                type=kinds[type(value)], help=comment.replace('%', '%%'))
     config = vars(parser.parse_args())
+    if [] in config.values():  # what argparse makes of --
+        parser.error('-- is no value')
 
     for name, value in config.items():
         bounds = allowed.get(name, 2**31)
@@ -732,7 +736,7 @@ def load(path):
     try:
         with open(path, 'rb') as file:
             header, saved = read_header(file)
-            data = bytearray(file.read())
+            data = memoryview(bytearray(file.read()))  # slices of which are no copies
         weights, state = {}, {}
         for name, entry in header.items():
             assert entry['dtype'] == 'F32', 'numbers that are not float32'

@@ -859,7 +859,7 @@ def test_nothing_trained_is_overwritten(base, run):
     train.py --learning_rate=-1 -> 0 to
     train.py --compile=perhaps -> compile
     train.py --position=left -> rotary
-    train.py --seed=-- -> seed
+    train.py --seed=-- -> no value
     train.py config.py -> config.py
     train.py --device=abacus -> device
     train.py --device=meta -> device
