@@ -1,7 +1,6 @@
 """A GPT in one file: tokenizers, the causal transformer, generation, the optimizer.
 
-A letter has one meaning throughout, and a comment like (B, T, C) is the shape of what stands
-before it.
+A comment like (B, T, C) is the shape of what stands before it.
 
     B   batch: texts that are read side by side     H   heads
     T   time: tokens of a text                      D   dimension of a head
@@ -69,7 +68,7 @@ def pieces(text):
 
 
 class CharTokenizer:
-    r"""One token a character, the most frequent ones. Text that was learned comes back exactly.
+    r"""One token a character, the most frequent ones. Text of these comes back exactly.
 
     >>> t = CharTokenizer.learn('abracadabra')
     >>> t.encode('cab'), t.decode([2, 0, 1]), t.decode(t.encode('cat'))
@@ -128,7 +127,7 @@ class BPETokenizer(CharTokenizer):
     ([b'aa', b'ab', b'aaab'], ['aaab', 'd', 'aaab', 'a', 'c'])
 
     While it merges, a piece is a string in which chr(i) stands for token i: so str.replace
-    merges a pair wherever it stands.
+    merges a pair wherever it stands. Only the pieces that have the pair are counted anew.
     """
     kind = 'bpe'
 
@@ -216,7 +215,6 @@ class GPTConfig:
     def __post_init__(self):
         sizes = self.vocab_size, self.block_size, self.n_head, self.n_embd
         assert min(sizes) > 0, 'sizes are above 0'
-        assert self.n_layer <= 1000, 'n_layer is at most 1000'
         assert self.vocab_size <= MAX_VOCAB, 'too many tokens'
         assert self.head_dim or self.n_embd % self.n_head == 0, (
             f'n_embd={self.n_embd} is no multiple of n_head={self.n_head}; or set head_dim')
@@ -232,9 +230,15 @@ class GPTConfig:
 
     @property
     def n_params(self):
-        """The exact number of parameters, counted on shapes without numbers."""
-        with torch.device('meta'):
-            return sum(p.numel() for p in GPT(self).parameters())
+        """The exact number of parameters."""
+        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
+        norm = 2 * C * self.norm_weights
+        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings + HD * self.smear
+        mlp = 2 * C * M + (M + C) * self.bias
+        block = norm + attention + norm + mlp
+        token = V * C + C * self.smear + self.block_size * C * (self.position == 'learned')
+        head = norm + V * C * (not self.tied) + V * self.bias
+        return token + self.n_layer * block + head
 
 
 def attention_weights(q, k, is_causal=False):
@@ -256,7 +260,7 @@ def attention(q, k, v, is_causal=False):
     return attention_weights(q, k, is_causal) @ v
 
 
-# What the model runs: the same function by torch, which never makes the (T, T) matrix whole.
+# What the model runs: the same function by torch, which need not make the (T, T) matrix whole.
 fused_attention = F.scaled_dot_product_attention
 
 
@@ -293,9 +297,10 @@ class Cache:
 
 
 def smeared(x, share, name, cache):
-    """To each of x (B, T, C) a share, learned for each channel, of the one before it. So the first
-    block knows pairs, and a query can look for what stood before a token. The idea is that of the
-    smeared keys in arXiv:2209.11895. What a cache knows by this name stands before the first."""
+    """Add to each of x (B, T, C) a share of the one before it: x_t + share * x_(t-1), with a share
+    learned for each channel. So the first block sees pairs of tokens, and a query can look for the
+    token that follows one it knows. The idea is that of the smeared keys in arXiv:2209.11895.
+    Before the first stands what the cache has kept by this name, or 0."""
     before = cache.last.get(name, torch.zeros_like(x[:, :1]))
     cache.last[name] = x[:, -1:]
     return x + share * torch.cat((before, x[:, :-1]), dim=1)
@@ -445,9 +450,9 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, idx, max_new_tokens, **how):
     """Yield the tokens (B,) that follow idx (B, T), T > 0; `how` is next_token's.
 
-    A full window begins again with its last half, read anew from position 0: what is older is
-    forgotten, and of what is left each logit is exactly the model's. On average a token costs the
-    same however long the text.
+    When the window is full, its last half is read again from position 0, and what is older is
+    forgotten. Each logit is exactly the model's for the tokens that are kept. It is one reading
+    for half a window of new tokens, so on average a token costs the same however long the text.
     """
     window = model.config.block_size
     seen = new = idx[:, -window:]  # (B, T)
@@ -504,10 +509,10 @@ class Optimizer:
         mean <- momentum mean + (1 - momentum) g
         w <- w - r decay w - r sqrt(max(1, n/m)) orthogonalize(momentum mean + (1 - momentum) g)
 
-    A gradient has a few large singular values and many small ones. Made orthogonal, it moves in
-    all its directions alike, and the rare ones learn too. An orthogonal matrix keeps a vector's
-    length. So m entries of size 1 become n entries of size sqrt(m/n) if n > m, which the root
-    mends, and of size about 1 if not.
+    A gradient has a few large singular values and many small ones. Muon makes all of them 1, so
+    the rare directions learn as fast as the common ones. If n > m such a matrix keeps a vector's
+    length: m entries of size 1 become n entries of size sqrt(m/n), which the root mends. If not,
+    they become entries of size about 1.
 
     Tables and head go to Adam: each of their rows belongs to one token, and most tokens are rare,
     so that each number needs a measure of its own.
@@ -567,10 +572,10 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """
     V = model.config.vocab_size
     a, b = ids[:-1], ids[1:]  # (N - 1,) each
-    both, ones = torch.stack((a, b)), torch.ones(len(a))
-    n = torch.sparse_coo_tensor(both, ones, (V, V), check_invariants=True)
-    rows = a.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
-    n = n.index_select(0, rows).to_dense()  # (R, V)
+    order = a.bincount(minlength=V).argsort(descending=True)  # the most frequent first
+    rows, rank = order[:most // V], order.argsort()
+    known = rank[a] < len(rows)
+    n = (rank[a] * V + b)[known].bincount(minlength=len(rows) * V).view(-1, V)  # (R, V)
     weight = n / n.sum()
     ends = nn.ModuleDict(dict(token=model.token, head=model.head))
     optimizer = Optimizer(ends, learning_rate=0.02, table_rate=0.2, matrix_rate=0.0)

@@ -62,7 +62,7 @@ def progress(message):
 
 
 def note(path, why='', before=0, after=0):
-    """What became of a file, and why it isn't what it might have been."""
+    """Keep what became of a file: cleaned, stripped (the cleaner failed) or skipped, and why."""
     status = 'skipped' if after == 0 else 'stripped' if why else 'cleaned'
     sources.append(dict(path=show(path), status=status, characters_before=before,
                         characters_after=after, why=why))
@@ -106,7 +106,7 @@ def take(file):
 
 
 def at_most(limit, function):
-    """A function of a number of bytes, for numbers that can be meant."""
+    """The same function of a size. A size that only a damaged file can ask for is an error."""
     def limited(n):
         assert n <= limit, 'what it says of its size is too much'
         return function(n)
@@ -193,8 +193,8 @@ CODECS = {'latin1': 'cp1252', 'ansinew': 'cp1252', 'applemac': 'mac-roman', 'mac
 
 
 def decode(data):
-    """Bytes to text, and their encoding: by its mark, as UTF-8 or, line by line, as UTF-8, as its
-    inputenc says, as cp1252."""
+    """Bytes to text, and the encoding: UTF-16 if there is its mark; UTF-8 if that fits everywhere;
+    else for each line the first that fits of UTF-8, what inputenc declares, and cp1252."""
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
         return data.decode('utf-16', 'replace'), 'utf-16'
     with suppress(UnicodeError):
@@ -264,7 +264,8 @@ def collapse(text):
 
 
 def clean(text):
-    """What TeX prints of a file, and why the cleaner couldn't tell if it couldn't."""
+    """What TeX prints of a file; and why arxiv-latex-cleaner failed if it did. Then it is enough
+    that comments are gone."""
     text = collapse(uncomment(text))
     macros.update((match[1], match[0].translate(SHOW)) for match in MACRO.finditer(text))
     parts = CUT.split(text)
@@ -401,7 +402,7 @@ if not papers:
 
 papers.sort(key=lambda paper: hashlib.sha256(paper.encode()).digest())
 text = without_repeats('\n\n'.join(papers))
-cut = int(len(text) * (1 - val_fraction))  # as the original did
+cut = int(len(text) * (1 - val_fraction))
 train, val = text[:cut], only_new(text[cut:], text[:cut])
 left_out = len(text) - len(train + val)
 text = train + val

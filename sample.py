@@ -110,7 +110,7 @@ def hide(match):
 
 def shortened(word):
     """A word, and what is left of it without one of its letters. Two words have one of these in
-    common if one letter is dropped, added, or another one, or if two neighbours are exchanged."""
+    common if a letter is dropped, added or replaced, or if two neighbours are exchanged."""
     return {word, *(word[:i] + word[i + 1:] for i in range(len(word)))}
 
 
@@ -118,8 +118,8 @@ def misspelt(prose, ends, bits):
     """The words that stand once and are no tokens, the likeliest slips first. Token i ends at
     ends[i] and has bits[i].
 
-    Expected is the word a slip away that stands most often, n times in the text or as a token.
-    The more often, the likelier is the slip: a word weighs its bits times log(2 + n).
+    `expected` is the most frequent word that is one slip away. If it stands n times, in the text
+    or as a token, the word weighs its bits times log(2 + n): the more often, the likelier a slip.
     """
     tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
     times = Counter(WORD.findall(f'{prose}\n{tokens}'))
@@ -137,7 +137,7 @@ def misspelt(prose, ends, bits):
 
 
 # -------------------------------------------------------------------------------------------------
-# The dream: what was written, as a document that compiles
+# The dream: what was written, as a document for LaTeX
 
 # The words that are written as they are: of mathematics, and those with one or two arguments
 SIGNS = '''(?x:
@@ -186,9 +186,10 @@ INNER = r'(?:[^{}$\\\n]|\\(?!begin|end|item|[{}]))'
 NESTED = rf'(?:{INNER}|\{{(?:{INNER}|\{{{INNER}*\}})*\}})'
 ARGUMENT = rf'\{{(?:{NESTED})*\}}'  # braces in it
 
-# What can be written in several ways => how it is read below. An unknown word becomes its name,
-# an argument gets its braces. At the end what TeX can't take: two scripts of a kind in a row, a
-# title of a page, and a hundred errors in a paragraph, which is why a long one becomes two.
+# Each line: a pattern => what takes its place. Many spellings become the few that TOKEN knows. An
+# unknown word becomes its name, an argument gets its braces. The last lines are against what stops
+# TeX: two scripts of a kind in a row, a title that never ends, a hundred errors in a paragraph
+# (so a long one becomes two).
 SPELLINGS = rf"""
     \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
     \\par{END}                               =>  \n\n
@@ -243,7 +244,7 @@ TOKEN = rf"""(?x)
                 | [ \t\n!"'-\[\]`-z|~] )
   | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
 """
-DEEP = 14  # how much may be open at a time; a fraction itself needs up to five places
+DEEP = 14  # how much may be open at a time; a fraction needs five places, or it isn't written
 
 MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[(\d)\])?\s*\{(.*)\}$'
 PREAMBLE = r"""\documentclass{amsart}
@@ -317,7 +318,7 @@ def mend(text, rules):
 
 
 def document(texts):
-    """A paper of these texts, the author's macros in them written out."""
+    """A paper of these texts, the macros that \\newcommand made for the author written out."""
     rules = []
     for name, n, meaning in reversed(re.findall(MACRO, '\n'.join(saved.get('macros', [])))):
         n = int(n or 0)

@@ -9,6 +9,7 @@ import doctest
 import gc
 import glob
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -582,6 +583,16 @@ def test_the_two_sources_count_the_same_parameters():
     assert config.n_params + 6 * (512 + 128) == 2_463_488
 
 
+def test_n_params_by_counting():
+    """Whatever is switched on or off."""
+    names = 'norm_weights', 'bias', 'tied', 'value_embeddings', 'smear'
+    on_or_off = [[False, True]] * len(names)
+    for n_layer, position, *on in itertools.product([0, 3], gpt.POSITIONS, *on_or_off):
+        config = GPTConfig(40, 9, n_layer, n_head=4, n_embd=31, head_dim=6, mlp_dim=7,
+                           position=position, **dict(zip(names, on)))
+        assert config.n_params == sum(p.numel() for p in GPT(config).parameters())
+
+
 @pytest.mark.parametrize('position', gpt.POSITIONS)
 def test_the_future_changes_nothing(position):
     """Causality: another token leaves all logits before it as they are, and changes all others."""
@@ -757,7 +768,7 @@ def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char', '--val_fraction=0.4')
     result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--batch_size=1')
     assert [row['step'] for row in result.log] == [*range(0, 41, 2)]
-    starts, every = result.few_blocks, result.every_block
+    starts, every = result.few_starts, result.every_start
     assert 2**14 <= 16 * len(starts) < 16 * len(every)
     assert starts[0] == 0 and len(set(starts.diff().tolist())) == 1
 

@@ -70,7 +70,7 @@ matrix_decay = 0.2  # muon's weight decay
 warmup_iters = 30  # steps in which the rates rise to their value
 decay_lr = True  # let the rates fall to 0 in a line
 # the machine
-seed = 1337  # what step i does depends on the seed and i alone
+seed = 1337  # what is drawn by lot in step i depends on the seed and i alone
 device = 'auto'  # auto, cpu, cuda, mps
 threads = 0  # 0 for as many as torch takes by itself
 compile = False  # torch.compile
@@ -121,7 +121,7 @@ with suppress(AttributeError, TypeError):  # for a C library that is not glibc
 # The data: tokens of the training and of the validation part
 
 folder = os.path.join(data_dir, dataset)
-again = f'prepare it: python prepare.py --source=... --dataset={dataset}'
+hint = f'prepare it: python prepare.py --source=... --dataset={dataset}'
 try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
@@ -134,39 +134,40 @@ try:
         torch.from_file(f'{folder}/{name}.bin', size=meta[name]['tokens'], dtype=torch.int16)
         for name in ('train', 'val'))
 except Exception as error:  # whatever a file that is missing or damaged may cause
-    fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {again}')
+    fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {hint}')
 
 
-def blocks(ids, starts):
-    """Blocks of tokens (B, T), and what follows each token (B, T): -100 beyond the end."""
+def sequences(ids, starts):
+    """Tokens (B, T), and what follows each of them (B, T): -100 beyond the end of the text."""
     places = starts[:, None] + torch.arange(block_size + 1)  # (B, T + 1)
     both = ids[places.clamp(max=len(ids) - 1)].long() & 0xffff
     both[places >= len(ids)] = -100  # which counts for nothing in F.cross_entropy
     return both[:, :-1].clamp(min=0).to(device), both[:, 1:].to(device)
 
 
-n_blocks = max(1, (len(train) - 1) // block_size - 1)  # one is left for the shift
-each = batch_size * gradient_accumulation_steps  # blocks of one step
-walk_steps = max(1, n_blocks // each)
+n_sequences = max(1, (len(train) - 1) // block_size - 1)  # one is left for the shift
+per_step = batch_size * gradient_accumulation_steps  # sequences
+walk_steps = max(1, n_sequences // per_step)
 
 
 @functools.lru_cache(2)
 def walk(n):
-    """The n-th walk through the training part: where the blocks of its steps begin, in an order
-    drawn anew. So nearly all of the text is seen once before any of it is seen twice."""
+    """The n-th walk through the training part: where the sequences of its steps begin, in an order
+    drawn anew. So nearly all of the text is seen once before any of it is seen twice. The shift
+    makes them begin elsewhere in each walk."""
     chance = torch.Generator().manual_seed(seed * 2**32 + n)
-    most = max(1, min(block_size, len(train) - n_blocks * block_size))
+    most = max(1, min(block_size, len(train) - n_sequences * block_size))
     shift = torch.randint(most, (1,), generator=chance)
-    order = torch.randperm(max(n_blocks, each), generator=chance)[:walk_steps * each] % n_blocks
-    starts = order * block_size + shift
+    order = torch.randperm(max(n_sequences, per_step), generator=chance)[:walk_steps * per_step]
+    starts = order % n_sequences * block_size + shift  # a short text is met more than once
     return starts.view(walk_steps, gradient_accumulation_steps, batch_size)
 
 
 def get_batch(i):
-    """Step i's blocks, a pair (x, y) for each accumulation step. Of several processes each takes
+    """Step i's tokens, a pair (x, y) for each accumulation step. Of several processes each takes
     its share, and DistributedDataParallel the mean of their gradients."""
     n, step = divmod(i, walk_steps)
-    return [blocks(train, starts[rank::world]) for starts in walk(n)[step]]
+    return [sequences(train, starts[rank::world]) for starts in walk(n)[step]]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ elif init_from != 'resume':  # weights, tokenizer and shape from there, all else
     model.config.dropout = dropout
 if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
     source = last if saved else init_from
-    fail(f'{folder} has other tokens than the model; {again} --tokenizer_from={source}')
+    fail(f'{folder} has other tokens than the model; {hint} --tokenizer_from={source}')
 model.to(device)
 if compile:
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
@@ -198,7 +199,7 @@ updates = Optimizer(model, learning_rate, table_rate, matrix_rate, beta1, beta2,
                     weight_decay=weight_decay, matrix_decay=matrix_decay, muon=optimizer == 'muon')
 
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
-# for bit, on as many threads, unless the clock ends it.
+# for bit, on as many threads and processes, unless it runs by the clock.
 i, seconds, losses, log, wrote = 0, 0.0, [], [], []
 if saved:
     try:
@@ -210,20 +211,20 @@ if saved:
         fail(f'{last}: no run that can be resumed ({error!r})')
 
 # -------------------------------------------------------------------------------------------------
-# How it is measured. Each evaluation reads the same evenly spaced blocks of the validation part,
-# some 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
+# How it is measured. Each evaluation reads the same evenly spaced parts of the validation text,
+# at least 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
 # compared with like. At the end the best model reads the whole part, and that is the result.
 
-every_block = torch.arange(0, len(val) - 1, block_size)  # where it begins
-few_blocks = every_block[::max(1, len(val) // 2**14)]
+every_start = torch.arange(0, len(val) - 1, block_size)  # where a sequence begins
+few_starts = every_start[::max(1, len(val) // 2**14)]
 
 
 @torch.inference_mode()
 def evaluate(model, starts):
-    """The mean of -log p, in nats, over the tokens of these validation blocks."""
+    """The mean of -log p, in nats, over the validation text's sequences that begin there."""
     total, n = 0.0, 0
     for some in starts.split(max(1, 2048 // block_size)):
-        x, y = blocks(val, some)
+        x, y = sequences(val, some)
         with autocast:
             logits = model(x)  # (B, T, V)
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
@@ -231,12 +232,12 @@ def evaluate(model, starts):
     return total / n
 
 
-def sound(loss):
-    """Return a loss that is a number; one that isn't ends the run, and nothing is saved."""
-    if not math.isfinite(loss):
-        fail(f'step {i}: the loss is {loss}; most likely a rate is too large (--learning_rate, '
+def sound(x):
+    """Return a loss or a weight that is finite. One that isn't ends the run; nothing is saved."""
+    if not math.isfinite(x):
+        fail(f'step {i}: the loss is {x}; most likely a rate is too large (--learning_rate, '
              f'--matrix_rate, --table_rate). {ckpt} is the last good model')
-    return loss
+    return x
 
 
 def clock():
@@ -266,30 +267,32 @@ def write_some():
 
 def report(done):
     """Evaluate, save, print a line and what the model writes."""
-    global next_time
+    global best_loss, next_time
     began = clock()
     model.eval()
-    loss = sound(evaluate(model, few_blocks))
-    better = all(loss < row['val_loss'] for row in log)
-    row = dict(step=i, tokens=i * each * block_size, seconds=round(began, 2),
+    loss = sound(evaluate(model, few_starts))
+    row = dict(step=i, tokens=i * per_step * block_size, seconds=round(began, 2),
                train_loss=sum(losses) / len(losses) if losses else loss, val_loss=loss,
                val_bpc=loss * to_bits, learning_rate=learning_rate * schedule(done))
     log.append(row)
     wrote.append(write_some())
     losses.clear()
     model.train()
-    keep(model if better else None)
+    if keep(model if loss < best_loss else None):
+        best_loss = min(loss, best_loss)
     print(f'step {i:5}  train {row["train_loss"]:.2f}  val {loss:.2f}  '
           f'{row["val_bpc"]:.2f} bits/char  {time_left(done)}\n    {wrote[-1][:76]}')
-    next_time = clock() + max(3 * max_minutes, 9 * (clock() - began))
+    # A twentieth of the time later, or so much later that evaluations take a tenth of it at most.
+    next_time = clock() + max(60 * max_minutes / 20, 9 * (clock() - began))
 
 
 # -------------------------------------------------------------------------------------------------
 # What is kept: the best model, the newest state, a table and a page
 
 def keep(best=None, result=()):
-    """Save the newest state, and the best model if it is a new one: the last row of the log says
-    how good it is, or the result. If the disk doesn't let it, say so and go on."""
+    """Save the newest state and, if it is given, the best model; the last row, of the log or of
+    the result, says how good it is. If the disk doesn't let it, say so and go on. Returns True if
+    all was saved."""
     sound(sum(w.sum().item() for w in model.parameters()))
     more, rows = dict(settings=config, macros=meta.get('macros', [])), [*log, *result]
     table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
@@ -325,12 +328,15 @@ def claim():
         lock.execute('BEGIN EXCLUSIVE')
         return lock
     except (OSError, sqlite3.Error) as error:
-        fail(f'--out_dir={out_dir}: another train.py is at work there, or nobody may ({error})')
+        fail(f'--out_dir={out_dir}: another train.py is at work there, or it cannot be written '
+             f'({error})')
 
 
-stopping, next_time = 0, 0.0  # the number of the signal that says so; of the next evaluation
+stopping = 0  # the number of the signal that asked for it
+next_time = 0.0  # of an evaluation, in a run by the clock
+best_loss = min((row['val_loss'] for row in log), default=math.inf)  # that was saved
 on_stop(on_signal)
-aside = None  # the newest run that was moved aside, if it learned from the same data
+aside = None  # the newest run that was moved aside, if its data set has this name
 if rank == 0:
     lock, run = claim(), os.path.normpath(out_dir)
     if not saved and (os.path.exists(last) or os.path.exists(ckpt)):
@@ -350,16 +356,16 @@ if rank == 0:
 # The loop
 
 def schedule(done):
-    """What share of the full rates step i takes: up to 1, then down in a line to 0."""
+    """What share of the full rates step i takes: what rises to 1 in the first steps, times what
+    falls to 0 in a line."""
     return min(1, (i + 1) / (warmup_iters + 1)) * (1 - done if decay_lr else 1)
 
 
 def due():
-    """Whether to evaluate before step i: twenty times in a run, or every eval_interval steps. In a
-    run by the clock evaluations take at most a tenth of the time."""
+    """Whether to evaluate before step i: every eval_interval steps, or some twenty times."""
     if max_minutes and not eval_interval:
         return clock() >= next_time
-    return i % (eval_interval or math.ceil(max_iters / 20)) == 0
+    return i % (eval_interval or max(1, math.ceil(max_iters / 20))) == 0
 
 
 if not os.path.exists(PAGE):
@@ -407,7 +413,7 @@ if stop:
     sys.exit(128 + int(stop))
 if rank == 0:
     best, _, about = load(ckpt)
-    loss = evaluate(best.to(device).eval(), every_block)
+    loss = evaluate(best.to(device).eval(), every_start)
     result = {**{name: about[name] for name in log[0]}, 'seconds': round(clock(), 2),
               'val_loss': loss, 'val_bpc': loss * to_bits}
     if not keep(best, [result]):
