@@ -567,8 +567,8 @@ def learn_pairs(model, ids, iterations, most=2**23):
 
     All pairs at once, from their counts n: the loss is the sum over a, b of
     -n_ab / sum(n) log p(b | a), where p is the softmax of head(norm(token(a))). If the vocabulary
-    is large, only the R most frequent tokens a are taken: then the counts (R, V) are at most `most`
-    numbers.
+    is large, only the R most frequent tokens a are taken, so that the counts (R, V) are at most
+    `most` numbers.
     """
     V = model.config.vocab_size
     a, b = ids[:-1], ids[1:]  # (N - 1,) each

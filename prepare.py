@@ -450,7 +450,8 @@ not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 
 encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
 {len(set(text))} different ones
-left out     {left_out:,} characters of the last {val_fraction:.0%}: they stand nearly so in the rest
+left out     {left_out:,} characters of the last {val_fraction:.0%}: \
+they stand nearly so in the rest
 begins       {' '.join(text[:60].split())}
 tokens       {len(every):,} of {V:,} kinds ({tokens.kind}), \
 {len(text) / len(every):.2f} characters a token

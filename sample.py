@@ -139,7 +139,8 @@ def misspelt(prose, ends, bits):
 # -------------------------------------------------------------------------------------------------
 # The dream: what was written, as a document for LaTeX
 
-# The words that are written as they are: of mathematics, and those with one or two arguments
+# The words that are known: of mathematics, without arguments, with one, with two; with text as
+# argument; others that are kept; and those that are left out
 SIGNS = '''(?x:
     alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|
     varkappa|lambda|mu|nu|xi|pi|varpi|rho|varrho|sigma|varsigma|tau|upsilon|phi|

@@ -4,7 +4,7 @@ Train a GPT on what prepare.py has written.
     python train.py                                       the default run
     python train.py --dataset=NAME --max_minutes=10       as good as ten minutes make it
     python train.py --init_from=resume                    go on where a run has stopped
-    python train.py --init_from=out/ckpt.safetensors --out_dir=mine --dataset=NAME    finetune
+    python train.py --init_from=out/ckpt.safetensors --out_dir=out-mine --dataset=mine    finetune
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
 import ctypes
