@@ -529,36 +529,11 @@ def test_attention_is_torchs_own(is_causal):
     assert_close(gpt.attention(q, k, v, is_causal), theirs)
 
 
-def head(layer, h, n, turn=torch.clone):
-    """Head h by itself, for n (T, C): its weights with a mask of -inf, its W_V and its W_O."""
-    T, D = len(n), layer.config.head_dim
-    rows = slice(h * D, h * D + D)
-    q = turn(n @ layer.query.weight[rows].T)
-    k = n @ layer.key.weight[rows].T
-    if layer.config.smear:
-        k[1:] += layer.smear[rows] * k[:-1].clone()
-    k = turn(k)
-    mask = torch.full((T, T), -math.inf).triu(1)
-    weights = (q @ k.T / math.sqrt(D) + mask).softmax(-1)
-    return weights, layer.value.weight[rows].T, layer.out.weight[:, rows].T
-
-
-def turned(x):
-    """x (T, D) at its positions, as complex numbers: times e^(i t / 10000^(2j/D))."""
-    T, D = x.shape
-    speed = 10_000.0 ** (-torch.arange(0, D, 2) / D)
-    angle = torch.outer(torch.arange(T), speed)
-    z = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angle)
-    return torch.cat((z.real, z.imag), -1)
-
-
 def test_rotary_positions_are_relative():
     """Inner products of rotated vectors depend on the distance alone."""
     torch.manual_seed(0)
-    turn, x = gpt.rotation(200, 8), torch.randn(200, 8)
-    assert_close(gpt.rotate(x, *turn), turned(x))
     same = torch.randn(2, 1, 8).expand(2, 200, 8)  # one query and one key, at each position
-    q, k = gpt.rotate(same, *turn)
+    q, k = gpt.rotate(same, *gpt.rotation(200, 8))
     scores = q @ k.T
     one, later = scores[:-1, :-1], scores[1:, 1:]
     assert_close(one, later, atol=1e-4, rtol=0)
@@ -601,28 +576,56 @@ def test_the_future_changes_nothing(position):
     assert same.tolist() == 7 * [True] + 9 * [False]
 
 
-@pytest.mark.parametrize('position, activation, act', [
-    ('rotary', 'relu', F.relu),
-    ('learned', 'gelu', F.gelu),
-    ('none', 'relu2', lambda x: F.relu(x) ** 2)])
-def test_a_gpt_by_hand_a_head_at_a_time(position, activation, act):
-    """A share of the token before goes to each token, a table's row to each value. What the heads
-    say, each through its own W_O, is summed and added; then what the MLP says."""
-    model = small(n_layer=1, position=position, activation=activation)
-    block, idx = model.blocks[0], torch.tensor([1, 2, 3, 1, 0])
+def turned(x):
+    """x (T, D) at its positions, as complex numbers: times e^(i t / 10000^(2j/D))."""
+    T, D = x.shape
+    angle = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, D, 2) / D)
+    z = torch.complex(*x.chunk(2, dim=1)) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag), dim=1)
+
+
+def smeared(x, share):
+    """To each row of x (T, C) comes a share of the one before it."""
+    return x + share * F.pad(x, (0, 0, 1, -1))
+
+
+def by_hand(model, idx):
+    """A GPT of 16 channels, a head at a time: the logits (T, V) of a text idx (T,), and for each
+    layer and head its weights (T, T).
+
+    A share of the token before goes to each token and to each key, a table's row to each value.
+    What the heads say, each through its own W_O, is summed and added; then what the MLP says.
+    """
+    c, T, layers = model.config, len(idx), []
+    acts = dict(relu=F.relu, gelu=F.gelu, relu2=lambda x: F.relu(x) ** 2)
+    turn = turned if c.position == 'rotary' else torch.clone
+    mask = torch.full((T, T), -math.inf).triu(1)
     x = model.token(idx)
-    x[1:] += model.smear * x[:-1].clone()
-    if position == 'learned':
-        x = x + model.place.weight[:5]
-    turn = turned if position == 'rotary' else torch.clone
-    n = F.layer_norm(x, [16])
-    tables = block.attention.value_table(idx).chunk(2, dim=1)
-    for h, table in enumerate(tables):
-        weights, W_V, W_O = head(block.attention, h, n, turn)
-        x = x + weights @ (n @ W_V + table) @ W_O
-    up = block.mlp.up(F.layer_norm(x, [16]))
-    x = x + block.mlp.down(act(up))
-    logits = model.head(F.layer_norm(x, [16]))
+    if c.smear:
+        x = smeared(x, model.smear)
+    if c.position == 'learned':
+        x = x + model.place.weight[:T]
+    for block in model.blocks:
+        a, n = block.attention, F.layer_norm(x, [16])
+        q, k = a.query(n), smeared(a.key(n), a.smear)
+        v = a.value(n) + a.value_table(idx)
+        layers.append([])
+        for one in torch.arange(16).chunk(c.n_head):  # the channels of a head
+            Q, K, V = turn(q[:, one]), turn(k[:, one]), v[:, one]
+            weights = (Q @ K.T / math.sqrt(c.head_dim) + mask).softmax(dim=1)
+            x = x + weights @ V @ a.out.weight[:, one].T
+            layers[-1].append(weights.tolist())
+        up = block.mlp.up(F.layer_norm(x, [16]))
+        x = x + block.mlp.down(acts[c.activation](up))
+    return model.head(F.layer_norm(x, [16])), layers
+
+
+@pytest.mark.parametrize('position, activation', [
+    ('rotary', 'relu'), ('learned', 'gelu'), ('none', 'relu2')])
+def test_a_gpt_is_what_it_is_by_hand(position, activation):
+    """With a mask of -inf, and with rotary positions as complex numbers."""
+    model, idx = small(position=position, activation=activation), torch.tensor([1, 2, 3, 1, 0])
+    logits, _ = by_hand(model, idx)
     assert_close(model(idx[None])[0], logits)
 
 
@@ -968,37 +971,22 @@ def checkpoint(learned='abcdefghi\n' + gpt.UNKNOWN, **changes):
     return model, tokenizer
 
 
-@pytest.mark.parametrize('position', gpt.POSITIONS)
-def test_the_attention_page_shows_the_models_own_numbers(run, position):
-    """Weights as computed from the first layer's W_Q and W_K, rows that sum to 1, and the
-    probabilities of what comes next."""
-    model, tokenizer = checkpoint(smear=False, position=position)
+@pytest.mark.parametrize('shape', [dict(position='rotary'), dict(position='learned'),
+                                   dict(n_layer=0)])
+def test_the_attention_page_shows_the_models_own_numbers(run, shape):
+    """Weights and probabilities as by hand. The bigram model has a page without attention."""
+    model, tokenizer = checkpoint(**shape)
     run('sample.py', '--start=abacad', '--attention=a.html')
     page, ids = numbers('a.html'), tokenizer.encode('abacad')
-    p = model(torch.tensor([ids]))[0].softmax(-1)
-    right = p.topk(5)
+    logits, layers = by_hand(model, torch.tensor(ids))
+    p = logits.softmax(-1)
     assert page['ids'] == ids
-    likely = torch.tensor(page['likely'])  # (T, 5, 2)
+    assert_close(torch.tensor(page['layers']), torch.tensor(layers), atol=6e-5, rtol=0)
+    right, likely = p.topk(5), torch.tensor(page['likely'])  # (T, 5, 2)
     assert torch.equal(likely[..., 0].long(), right.indices)
     assert_close(likely[..., 1], right.values, atol=1e-4, rtol=0)
     surprise = -p[range(5), ids[1:]].log2()
     assert_close(torch.tensor(page['bits'][1:]), surprise, atol=0.01, rtol=0)
-    weights = torch.tensor(page['layers'])  # (n_layer, H, T, T)
-    assert weights.shape == (2, 2, 6, 6) and weights.triu(1).count_nonzero() == 0
-    assert_close(weights.sum(-1), torch.ones(2, 2, 6), atol=1e-3, rtol=0)
-    x = model.token.weight[ids]
-    if position == 'learned':
-        x = x + model.place.weight[:6]
-    turn = turned if position == 'rotary' else torch.clone
-    for h in range(2):
-        right, _, _ = head(model.blocks[0].attention, h, F.layer_norm(x, [16]), turn)
-        assert_close(weights[0, h], right, atol=1e-4, rtol=0)
-
-
-def test_a_bigram_model_has_a_page_without_attention(run):
-    checkpoint(n_layer=0)
-    run('sample.py', '--start=abacad', '--attention=a.html')
-    assert numbers('a.html')['layers'] == []
 
 
 @pytest.mark.parametrize('block_size', [1, 2, 5, 16])
