@@ -457,20 +457,22 @@ def test_a_signal_leaves_no_copy_of_a_paper(run, papers, monkeypatch):
     assert os.listdir('temporary') == []
 
 
-def test_a_walk_meets_no_block_twice(run, papers):
-    """And leaves out less than the blocks of a step, in another order each time. A batch is so
-    many blocks, and what follows each of their tokens."""
+def test_a_walk_meets_no_token_twice(run, papers):
+    """And leaves out less than a step and two blocks, in another order and cut elsewhere each
+    time. A batch is so many blocks, and what follows each of their tokens."""
     result = run('train.py', *TINY, '--max_iters=0')
-    walks, N = torch.stack([result.walk(n).flatten() for n in range(2)]), len(result.train)
-    places = walks.sort().values
-    assert (places.diff() % 16 == 0).all() and places.diff().min() > 0 <= places.min()
-    assert places[0, 0] % 16 != places[1, 0] % 16
-    assert places.max() < N - 16 and walks.size(1) > N // 16 - 2 - 8
-    assert not torch.equal(*walks.argsort())
-    for i, eight in enumerate(walks.flatten().split(8)):
-        (x, _), = result.get_batch(i)
-        places = eight[:, None] + torch.arange(16)
-        assert torch.equal(x, result.train[places].long())
+    N, n = len(result.train), result.walk_steps
+    result.train.copy_(torch.arange(N))  # a text in which each token is its place
+    begins = []
+    for walk in range(n), range(n, 2 * n):
+        batches = [result.get_batch(i)[0] for i in walk]
+        x, y = map(torch.cat, zip(*batches))  # (8 n, 16) each
+        assert torch.equal(y, x + 1) and (x.diff() == 1).all()
+        assert x.unique().numel() == x.numel() > N - 16 * (8 + 2)
+        begins.append(x[:, 0])
+    one, two = begins
+    assert one[0] % 16 != two[0] % 16
+    assert not torch.equal(one.argsort(), two.argsort())
 
 
 def test_a_text_shorter_than_a_block_is_learned_all_the_same(run):
@@ -982,9 +984,9 @@ def test_the_attention_page_shows_the_models_own_numbers(run, shape):
     p = logits.softmax(-1)
     assert page['ids'] == ids
     assert_close(torch.tensor(page['layers']), torch.tensor(layers), atol=6e-5, rtol=0)
-    right, likely = p.topk(5), torch.tensor(page['likely'])  # (T, 5, 2)
-    assert torch.equal(likely[..., 0].long(), right.indices)
-    assert_close(likely[..., 1], right.values, atol=1e-4, rtol=0)
+    values, indices = p.topk(5)
+    likely = torch.stack((indices, values), dim=-1)  # (T, 5, 2)
+    assert_close(torch.tensor(page['likely']), likely, atol=1e-4, rtol=0)
     surprise = -p[range(5), ids[1:]].log2()
     assert_close(torch.tensor(page['bits'][1:]), surprise, atol=0.01, rtol=0)
 
