@@ -541,8 +541,8 @@ def test_all_pairs_at_once_are_the_bigram_model():
     gpt.learn_pairs(model, ids, 3)
     assert_close([*model.parameters()], [*other.parameters()], atol=1e-4, rtol=0)
     gpt.learn_pairs(model, ids, 1, most=22)  # two rows
-    same = torch.isclose(model.token.weight, other.token.weight, atol=0.01).all(dim=1)
-    assert same.tolist() == 2 * [False] + 9 * [True]
+    changed = (model.token.weight - other.token.weight).abs() > 0.01
+    assert changed.any(dim=1).tolist() == 2 * [True] + 9 * [False]
 
 
 # ------------------------------------------------------------------------------ attention
@@ -604,7 +604,8 @@ def test_the_future_changes_nothing(position):
 def turned(x):
     """x (T, D) at its positions, as complex numbers: times e^(i t / 10000^(2j/D))."""
     T, D = x.shape
-    angle = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, D, 2) / D)
+    slow = 10_000 ** (torch.arange(0, D, 2) / D)
+    angle = torch.arange(T)[:, None] / slow
     z = torch.complex(*x.chunk(2, dim=1)) * torch.exp(1j * angle)
     return torch.cat((z.real, z.imag), dim=1)
 
@@ -622,7 +623,6 @@ def by_hand(model, idx):
     What the heads say, each through its own W_O, is summed and added; then what the MLP says.
     """
     c, T, layers = model.config, len(idx), []
-    acts = dict(relu=F.relu, gelu=F.gelu, relu2=lambda x: F.relu(x) ** 2)
     turn = turned if c.position == 'rotary' else torch.clone
     mask = torch.full((T, T), -math.inf).triu(1)
     x = model.token(idx)
@@ -636,12 +636,13 @@ def by_hand(model, idx):
         v = a.value(n) + a.value_table(idx)
         layers.append([])
         for one in torch.arange(16).chunk(c.n_head):  # the channels of a head
-            Q, K, V = turn(q[:, one]), turn(k[:, one]), v[:, one]
+            Q, K = turn(q[:, one]), turn(k[:, one])
             weights = (Q @ K.T / math.sqrt(c.head_dim) + mask).softmax(dim=1)
-            x = x + weights @ V @ a.out.weight[:, one].T
+            x = x + weights @ v[:, one] @ a.out.weight[:, one].T
             layers[-1].append(weights.tolist())
         up = block.mlp.up(F.layer_norm(x, [16]))
-        x = x + block.mlp.down(acts[c.activation](up))
+        act = F.gelu(up) if c.activation == 'gelu' else F.relu(up)
+        x = x + block.mlp.down(act**2 if c.activation == 'relu2' else act)
     return model.head(F.layer_norm(x, [16])), layers
 
 
@@ -649,7 +650,8 @@ def by_hand(model, idx):
     ('rotary', 'relu'), ('learned', 'gelu'), ('none', 'relu2')])
 def test_a_gpt_is_what_it_is_by_hand(position, activation):
     """With a mask of -inf, and with rotary positions as complex numbers."""
-    model, idx = small(position=position, activation=activation), torch.tensor([1, 2, 3, 1, 0])
+    model = small(position=position, activation=activation)
+    idx = torch.tensor([1, 2, 3, 1, 0])
     logits, _ = by_hand(model, idx)
     assert_close(model(idx[None])[0], logits)
 
@@ -657,17 +659,19 @@ def test_a_gpt_is_what_it_is_by_hand(position, activation):
 def test_a_batch_is_learned_by_heart():
     """From ln V, as if all tokens were alike, to almost nothing."""
     torch.manual_seed(0)
-    model, losses = GPT(GPTConfig(20, block_size=16, n_embd=32)), []
+    model = GPT(GPTConfig(20, block_size=16, n_embd=32))
     optimizer = gpt.Optimizer(model, 0.01, table_rate=0.1, matrix_rate=0.02)
     x, y = torch.randint(20, (2, 4, 16))
+
+    def loss():
+        return F.cross_entropy(model(x).mT, y)
+
+    assert loss().item() == pytest.approx(math.log(20), rel=0.02)
     for t in range(1, 61):
         model.zero_grad()
-        loss = F.cross_entropy(model(x).mT, y)
-        loss.backward()
+        loss().backward()
         optimizer.step(t)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(20), rel=0.02)
-    assert losses[-1] < 0.05
+    assert loss() < 0.05
 
 
 # ------------------------------------------------------------------------------ generation
@@ -746,7 +750,8 @@ def test_each_kind_of_parameter_walks_by_its_rule(muon):
             n, m = w.shape
             means[w] = 0.9 * means[w] + 0.1 * w.grad
             X = by_svd(0.9 * means[w] + 0.1 * w.grad)
-            w.data -= 0.02 * (0.1 * w.data + math.sqrt(max(1, n / m)) * X)
+            w.data *= 1 - 0.02 * 0.1
+            w.data -= 0.02 * math.sqrt(max(1, n / m)) * X
     assert_close([*model.parameters()], [*twin.parameters()], atol=1e-5, rtol=0)
 
 
@@ -770,13 +775,15 @@ def test_the_whole_way(run, papers, kind):
 def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers):
     """Token by token; on the screen, in log.csv, in the page and in the checkpoint."""
     run(*PREPARE, '--val_fraction=0.3')
-    result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=10', '--learning_rate=0.2')
+    worse = '--learning_rate=1', '--decay_lr=no'  # as it goes on
+    result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=10', *worse)
     model, _, saved = gpt.load('out/ckpt.safetensors')
     step, bits = saved['step'], saved['val_bpc']
-    assert step == min(result.log, key=lambda row: row['val_loss'])['step']
+    assert step == min(result.log, key=lambda row: row['val_loss'])['step'] < 40
     ids, nats = result.val.long(), 0
-    for x, y in zip(ids[:-1].split(16), ids[1:].split(16)):
-        nats += F.cross_entropy(model.eval()(x[None])[0], y, reduction='sum').item()
+    for part in torch.arange(len(ids) - 1).split(16):
+        logits = model.eval()(ids[None, part])[0]
+        nats += F.cross_entropy(logits, ids[part + 1], reduction='sum').item()
     nats_a_character = nats / (len(ids) - 1) * len(ids) / result.meta['val']['characters']
     assert bits == pytest.approx(nats_a_character / math.log(2), rel=1e-4)
     assert f'best of step {step}, on the whole validation part: {bits:.3f}' in result.out
@@ -936,26 +943,27 @@ def test_the_docstrings_examples():
     assert doctest.testmod(gpt).failed == 0
 
 
+def paper(name):
+    return (HERE / f'papers/{name}.tex').read_text('utf-8')
+
+
 def test_the_programs_names_in_the_papers_stand_in_it():
     """Each \\code{...} with an underscore, a dot or a capital in it."""
-    scripts = [HERE / f'{name}.py' for name in ('gpt', 'train', 'sample', 'prepare')]
     known = [path.name for path in [*HERE.glob('*'), *HERE.glob('[!.]*/*')]]
-    known = '\n'.join(known + [path.read_text('utf-8') for path in scripts])
+    known += [path.read_text('utf-8') for path in HERE.glob('*.py') if path.name != 'test_gpt.py']
+    known = '\n'.join(known)
     for path in HERE.glob('papers/*.tex'):
-        for name in re.findall(r'\\code\{([^{}]*[_.A-Z][^{}]*)\}', path.read_text('utf-8')):
+        for name in re.findall(r'\\code\{([^{}]*[_.A-Z][^{}]*)\}', paper(path.stem)):
             assert name.replace('\\', '') in known, path
 
 
 def test_numbers_in_the_papers_are_the_programs():
     """Parameters of the original and of the default, and a singular value after three steps."""
-    original, default = GPTConfig(**ORIGINAL), GPTConfig(2048, n_layer=3, n_embd=96)
+    for config in GPTConfig(**ORIGINAL), GPTConfig(2048, n_layer=3, n_embd=96):
+        assert f'{config.n_params:,}' in paper('scaling').replace('{,}', ',')
     G = torch.tensor([[3., 0.], [4., 5.]])
     values = torch.linalg.svdvals(gpt.orthogonalize(G))
-    for paper, number in (('scaling', f'{original.n_params:,}'),
-                          ('scaling', f'{default.n_params:,}'),
-                          ('muon', f'${values[0]:.4f}$')):
-        text = (HERE / f'papers/{paper}.tex').read_text('utf-8')
-        assert number.replace(',', '{,}') in text
+    assert f'${values[0]:.4f}$' in paper('muon')
 
 
 # ------------------------------------------------------------------------------ seeing it think
@@ -1002,14 +1010,15 @@ def test_the_score_of_a_text(run, block_size):
     model, tokenizer = checkpoint(block_size=block_size)
     new = (block_size + 1) // 2
     for length in 2, 5, 16, 17, 41:
-        text = ''.join('abcdefghi\nz'[i * i % 11] for i in range(length))
+        text = ('abcade\nfzghi' * 9)[:length]
         Path('text.tex').write_text(text)
         result = run('sample.py', '--text=text.tex', '--page=t.html')
         ids, bits = torch.tensor(tokenizer.encode(text)), [0]
         for t in range(1, length):  # place t - 1 is one of those that end at `end`
             end = (t - 1) // new * new + new
-            p = model(ids[None, max(0, end - block_size):t])[0, -1].softmax(-1)
-            bits.append(-p[ids[t]].log2().item())
+            seen = ids[max(0, end - block_size):t]
+            nats = F.cross_entropy(model(seen[None])[0, -1], ids[t])
+            bits.append(nats.item() / math.log(2))
         assert f'{sum(bits) / (length - 1):.3f} bits per character' in result.out
         assert numbers('t.html')['bits'] == pytest.approx(bits, abs=0.006)
 
@@ -1211,8 +1220,8 @@ def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
     assert parsed('out/last.safetensors')[0]['step'] == 6
 
 
-@pytest.mark.parametrize('interval, stop', [(1, False), (6, False), (6, True)])
-def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, interval, stop):
+@pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
+def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, stop, interval):
     """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
     def poison(optimizer, *_):
         optimizer.model.token.weight.data.fill_(math.nan)
@@ -1358,7 +1367,7 @@ def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
 def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
     """A file of it is too short, or gone."""
     path = Path('data/mine', name)
-    for damage in path.unlink, lambda: path.write_bytes(b'{'):
+    for damage in path.unlink, lambda: path.write_bytes(99 * b'x'):
         damage()
         assert 'prepare.py' in run('train.py', *TINY, code=2).err
 
