@@ -48,12 +48,11 @@ others = Counter()  # the endings of all other files
 macros = {}  # the definitions that the papers make
 
 
-def note(path, why='', before=0, after=0):
+def note(path, why, before=0, after=0):
     """Keep what became of a file: cleaned, stripped (the cleaner failed) or skipped, and why."""
     status = 'skipped' if after == 0 else 'stripped' if why else 'cleaned'
-    path = repr(path)[1:-1]  # on one line, whatever is in a name
-    sources.append(dict(path=path, status=status, characters_before=before,
-                        characters_after=after, why=why))
+    sources.append(dict(path=repr(path)[1:-1],  # on one line, whatever is in a name
+                        status=status, characters_before=before, characters_after=after, why=why))
     if sys.stdout.isatty():
         print(f'{len(sources)} files', end='\r')
 
@@ -65,13 +64,15 @@ WANTED = re.compile(r'(?is).*\.(tex|ltx|latex|zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zs
                     r'|[\d.]+(v\d+)?|[^.]*')
 TEX = re.compile(r'(?i)\.(tex|ltx|latex)(\.(gz|bz2|xz))?$')
 LATEX = re.compile(rb'\\(document(class|style)|begin *\{|input\b|def *\\|(sub)*section|chapter)')
-PACKED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
+COMPRESSED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
 
 
 def files(top):
     """Yield the paths of all files in a folder and its folders. Links are not followed."""
-    for folder, folders, names in os.walk(
-            top, onerror=lambda error: note(error.filename, error.strerror)):
+    def unread(error):
+        note(error.filename, error.strerror)
+
+    for folder, folders, names in os.walk(top, onerror=unread):
         folders[:] = sorted(set(folders) - {'.git'})
         for name in folders + sorted(names):
             path = os.path.join(folder, name)
@@ -85,57 +86,63 @@ def take(file):
     """All that is in an open file, where that is not too much."""
     global left  # how many more bytes may be read
     data = bytearray()
-    while part := file.read(4096):
+    while part := file.read(2**16):
         data += part
         left -= len(part)
         assert left >= 0, f'larger than {LARGEST >> 20} MB'
-    return bytes(data)
+    return data
 
 
 def packed(path, file):
-    """List (path, how to open it) of each file that is packed in an open one. Its first bytes say
-    whether there are any, not its name. Nothing is written."""
+    """Yield (path, how to open it) of each file that is packed in an open one. Its first bytes
+    say whether there are any, not its name. Nothing is written."""
     head = file.read(3)
     file.seek(0)
-    if head in PACKED:
-        return [(path, partial(PACKED[head], file))]  # one file, perhaps a tar
+    if head in COMPRESSED:
+        yield path, partial(COMPRESSED[head], file)  # one file, perhaps a tar
+        return
     if head in (b'PK\3', b'PK\5'):
         archive = zipfile.ZipFile(file)
-        return [(f'{path}/{member.filename}', partial(archive.open, member))
-                for member in archive.infolist() if not member.is_dir()]
+        for member in archive.infolist():
+            name = f'{path}/{member.filename}'
+            if member.compress_type > zipfile.ZIP_DEFLATED:  # what no cap would stop
+                note(name, 'neither stored nor deflated')
+            elif not member.is_dir():
+                yield name, partial(archive.open, member)
+        return
     try:
         archive = tarfile.open(fileobj=file, mode='r:')
     except tarfile.ReadError:
-        return []
-    return [(f'{path}/{member.name}', partial(archive.extractfile, member))
-            for member in archive if member.isfile()]
+        return
+    for member in archive:
+        if member.isfile():
+            yield f'{path}/{member.name}', partial(archive.extractfile, member)
 
 
 def unpack(path, opener, depth=0):
-    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What gives none is noted
-    or, where nobody would expect any, counted."""
+    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What is none is noted or,
+    where nobody would expect any, counted."""
     base = os.path.basename(path)
     if not WANTED.fullmatch(base) and path != source:
         others[base[base.rindex('.'):].lower()] += 1
         return
-    noted = len(sources)
     try:
         assert depth < 6, 'archives within archives within archives'
         with opener() as file:
-            if depth:
+            if depth:  # what is packed is read in memory
                 file = io.BytesIO(take(file))
-            members = packed(path, file)
+            members = list(packed(path, file))
             for name, how in members:
                 yield from unpack(name, how, depth + 1)
             if not members:
                 file.seek(0)
                 data = take(file)
                 if LATEX.search(data) or TEX.search(path):
-                    yield path, data  # whoever takes it notes what became of it
+                    yield path, data
+                else:
+                    note(path, 'no LaTeX in it')
     except Exception as error:  # whatever a damaged file may cause
         note(path, str(error) or type(error).__name__)
-    if len(sources) == noted:
-        note(path, 'no LaTeX in it')
 
 
 def documents():
@@ -253,11 +260,11 @@ def clean(text):
 def run_cleaner(text):
     """The cleaner's public function, all its options off, on one file in a folder by itself."""
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        paper = Path(folder, 'in', 'paper.tex')
+        paper = Path(folder, 'in/paper.tex')
         paper.parent.mkdir()
         paper.write_text(text, encoding='utf-8')
         run_arxiv_cleaner(defaultdict(list, input_folder=f'{folder}/in'))
-        return Path(folder, 'in_arXiv', 'paper.tex').read_text(encoding='utf-8')
+        return Path(folder, 'in_arXiv/paper.tex').read_text(encoding='utf-8')
 
 
 def without_repeats(text):
@@ -295,7 +302,8 @@ def only_new(val, train):
 def yardsticks(train, val, V):
     """Bits that val takes under three models, counted on train with one added to each count:
     p(b) = 1 / V,   p(b) = (n_b + 1) / (N + V),   p(b | a) = (n_ab + 1) / (n_a + V)."""
-    N, n, n_pair = len(train), Counter(train), Counter(zip(train, train[1:]))
+    n, N = Counter(train), len(train)
+    n_pair = Counter(zip(train, train[1:]))
     p = {'uniform': [1 / V] * len(val),
          'unigram': [(n[b] + 1) / (N + V) for b in val],
          'bigram': [(n_pair[a, b] + 1) / (n[a] + V)
@@ -380,7 +388,8 @@ V = len(tokens.tokens)
 ids, meta = {}, {}
 for name, part in ('train', train), ('val', val):
     ids[name] = array('H', tokens.encode(part))
-    meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
+    meta[name] = dict(characters=len(part), bytes=len(part.encode()),
+                      tokens=len(ids[name]))
     if len(ids[name]) < 3:
         fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
              f'{left_out} were left out of the validation part, since they stand in the training '
@@ -396,7 +405,8 @@ amiss = [row for row in sources if row['status'] != 'cleaned']
 for row in amiss[:20]:
     print(f'  {row["status"]}: {row["path"]} ({row["why"]})')
 every = ids['train'] + ids['val']
-print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped; all are named in {folder}/meta.json
+print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped; \
+{folder}/meta.json lists them all
 not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
 encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
@@ -411,14 +421,16 @@ split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
 yardsticks   {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
 bits per character""")
 
-next_line = f'python train.py --dataset={dataset} --out_dir=out-{dataset}'
+named = f'--dataset={dataset}'
+if data_dir != 'data':
+    named += f' --data_dir={data_dir}'
+next_line = f'python train.py {named} --out_dir=out-{dataset}'
 if tokenizer_from:
     next_line += f' --init_from={tokenizer_from}'
 elif len(text) < SMALL:
-    base = 'out/ckpt.safetensors'
     print(f"""small        too little to learn a language from, but enough to finetune a model:
-    python prepare.py --source={source} --dataset={dataset} --tokenizer_from={base}
-    {next_line} --init_from={base}""")
-elif dataset == 'papers':
-    next_line = 'python train.py'
+    python prepare.py --source={source} {named} --tokenizer_from=out/ckpt.safetensors
+    {next_line} --init_from=out/ckpt.safetensors""")
+elif named == '--dataset=papers':
+    next_line = 'python train.py'  # which takes that by itself
 print(f'written      {folder}; next: {next_line}')

@@ -376,6 +376,7 @@ def test_the_papers_that_come_along_come_back(run):
     assert {row['status'] for row in result.sources} == {'cleaned'}
     assert len(result.text) > 500_000 and '%' not in result.text.replace('\\%', '')
     assert result.tokens.decode(result.every) == result.text
+    assert result.out.endswith('next: python train.py\n')
 
 
 # ------------------------------------------------------------------------------ data and batches
@@ -1224,6 +1225,8 @@ def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, monkeypatch):
     write_papers(a=9)
     run(*PREPARE, code=2)
     assert held('data/mine') == before
+    run(*PREPARE)  # which finds what the first has left
+    assert held('data/mine') != before and os.listdir('data') == ['mine']
 
 
 def test_a_folder_that_vanished_is_made_again(run, papers, monkeypatch):
