@@ -105,7 +105,7 @@ def packed(path, file):
         archive = zipfile.ZipFile(file)
         for member in archive.infolist():
             name = f'{path}/{member.filename}'
-            if member.compress_type > zipfile.ZIP_DEFLATED:  # what no cap would stop
+            if member.compress_type > zipfile.ZIP_DEFLATED:  # would unpack all at once
                 note(name, 'neither stored nor deflated')
             elif not member.is_dir():
                 yield name, partial(archive.open, member)
@@ -120,8 +120,8 @@ def packed(path, file):
 
 
 def unpack(path, opener, depth=0):
-    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What is none is noted or,
-    where nobody would expect any, counted."""
+    """Yield (path, bytes) of the LaTeX in a file, however it is packed. A file that is none is
+    noted or, if its name promises none, counted."""
     base = os.path.basename(path)
     if not WANTED.fullmatch(base) and path != source:
         others[base[base.rindex('.'):].lower()] += 1
@@ -432,5 +432,5 @@ elif len(text) < SMALL:
     python prepare.py --source={source} {named} --tokenizer_from=out/ckpt.safetensors
     {next_line} --init_from=out/ckpt.safetensors""")
 elif named == '--dataset=papers':
-    next_line = 'python train.py'  # which takes that by itself
+    next_line = 'python train.py'  # that is its default
 print(f'written      {folder}; next: {next_line}')
