@@ -40,7 +40,7 @@ config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=(257, MAX_VOCAB
                   val_fraction=(0.001, 0.9))
 quiet()
 
-LARGEST = 2**29  # the most bytes that are read of one file, all that is packed in it included
+LARGEST = 2**30  # the most bytes that are read of one file, all that is packed in it included
 SMALL = 500_000  # with fewer characters than this one had better finetune
 
 sources = []  # what became of each file that might be LaTeX
@@ -89,7 +89,7 @@ def take(file):
     while part := file.read(2**16):
         data += part
         left -= len(part)
-        assert left >= 0, f'larger than {LARGEST >> 20} MB'
+        assert left >= 0, f'larger than {LARGEST >> 30} GB'
     return data
 
 
