@@ -28,7 +28,7 @@ import re
 import signal
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def pieces(text):
     >>> list(pieces(r'Let $\\alpha_1>0$.'))
     ['Let', ' $', '\\\\alpha', '_', '1', '>', '0', '$.']
     """
-    return map(re.Match.group, PIECE.finditer(text))
+    for match in PIECE.finditer(text):
+        yield match[0]
 
 
 class CharTokenizer:
@@ -127,7 +128,7 @@ class BPETokenizer(CharTokenizer):
     ([b'aa', b'ab', b'aaab'], ['aaab', 'd', 'aaab', 'a', 'c'])
 
     While it merges, a piece is a string in which chr(i) stands for token i: so str.replace
-    merges a pair wherever it stands. Only the pieces that have the pair are counted anew.
+    merges a pair wherever it stands. Only pieces that have the pair are counted anew.
     """
     kind = 'bpe'
 
@@ -143,29 +144,27 @@ class BPETokenizer(CharTokenizer):
 
     @classmethod
     def learn(cls, text, vocab_size=MAX_VOCAB):
-        times = Counter(map(as_bytes, pieces(text)))
-        words = list(times)
-        times = list(times.values())
+        times = Counter(map(as_bytes, pieces(text)))  # how often each piece stands in the text
+        total = Counter()  # and each pair
         merges = []
-        total = Counter()  # how often a pair stands in the text,
-        where = defaultdict(set)  # and in which words
 
-        def count(w, sign):
-            for pair in pairs(words[w]):
-                total[pair] += sign * times[w]
-                where[pair].add(w)
+        def count(word, n):
+            for pair in pairs(word):
+                total[pair] += n
 
-        for w in range(len(words)):
-            count(w, +1)
+        for word, n in times.items():
+            count(word, n)
         for new in range(256, vocab_size):
             best = max(total, key=total.get, default=None)  # of equal ones the first that was seen
             if total[best] < 2:
                 break
             merges.append([*map(ord, best)])
-            for w in where.pop(best):
-                count(w, -1)
-                words[w] = words[w].replace(best, chr(new))
-                count(w, +1)
+            for word in [word for word in times if best in word]:
+                n = times.pop(word)
+                merged = word.replace(best, chr(new))
+                times[merged] = n
+                count(word, -n)
+                count(merged, n)
         return cls(merges)
 
     def merge(self, piece):
@@ -213,32 +212,20 @@ class GPTConfig:
     smear: bool = True
 
     def __post_init__(self):
-        sizes = self.vocab_size, self.block_size, self.n_head, self.n_embd
-        assert min(sizes) > 0, 'sizes are above 0'
-        assert self.vocab_size <= MAX_VOCAB, 'too many tokens'
+        assert min(self.block_size, self.n_head, self.n_embd) > 0, 'sizes are above 0'
         assert self.head_dim or self.n_embd % self.n_head == 0, (
             f'n_embd={self.n_embd} is no multiple of n_head={self.n_head}; or set head_dim')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_dim = self.mlp_dim or 4 * self.n_embd
         if self.n_layer == 0:  # the bigram model: nothing in it knows of other tokens
             self.position, self.smear = 'none', False
-        assert self.block_size * self.head_dim <= 2**26, 'block_size x head_dim is at most 2^26'
-        assert 0 <= self.dropout < 1, 'dropout is below 1'
-        assert self.position in POSITIONS, 'no such position'
         assert self.position != 'rotary' or self.head_dim % 2 == 0, (
             'rotary positions turn planes: head_dim is even, or take position=learned')
 
     @property
     def n_params(self):
-        """The exact number of parameters."""
-        V, C, M, HD = self.vocab_size, self.n_embd, self.mlp_dim, self.n_head * self.head_dim
-        norm = 2 * C * self.norm_weights
-        attention = 4 * C * HD + C * self.bias + V * HD * self.value_embeddings + HD * self.smear
-        mlp = 2 * C * M + (M + C) * self.bias
-        block = norm + attention + norm + mlp
-        token = V * C + C * self.smear + self.block_size * C * (self.position == 'learned')
-        head = norm + V * C * (not self.tied) + V * self.bias
-        return token + self.n_layer * block + head
+        """The exact number of parameters, by counting them."""
+        return sum(w.numel() for w in GPT(self).parameters())
 
 
 def attention_weights(q, k, is_causal=False):
@@ -250,8 +237,7 @@ def attention_weights(q, k, is_causal=False):
     """
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
     if is_causal:
-        past = torch.ones_like(scores, dtype=torch.bool).tril()
-        scores = scores.where(past, -math.inf)
+        scores = scores + torch.full_like(scores, -math.inf).triu(1)  # above the diagonal
     return scores.softmax(dim=-1)
 
 
@@ -264,18 +250,16 @@ def attention(q, k, v, is_causal=False):
 fused_attention = F.scaled_dot_product_attention
 
 
-def rotation(T, D, base=10_000):
-    """cos and sin, (T, D/2) each, of the angles t / base^(2i/D) (RoFormer, arXiv:2104.09864)."""
-    speed = base ** (-torch.arange(0, D, 2) / D)  # (D/2,)
-    angle = torch.outer(torch.arange(T), speed)  # (T, D/2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn x (..., T, D) by its position's angles, in the planes of channels i and i + D/2.
-
-    The inner product of a query at s and a key at t then depends on s - t alone.
+def rotate(x, S):
+    """Turn the vectors x (..., T, D) of the last T of S tokens by angles that grow with their
+    position s: by s / 10,000^(2i/D) in the plane of channels i and i + D/2. The inner product of a
+    query at s and a key at t then depends on s - t alone. From RoFormer, arXiv:2104.09864.
     """
+    T, D = x.shape[-2:]
+    place = torch.arange(S - T, S, device=x.device)
+    speed = 10_000 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,)
+    angle = torch.outer(place, speed)  # (T, D/2)
+    cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, dim=-1)  # (..., T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -285,25 +269,23 @@ class Cache:
 
     def __init__(self):
         self.length = 0  # tokens so far
-        self.last = {}  # of the last one its vector and each layer's key, (B, 1, ...), for smear
-        self.past = {}  # of each layer the keys and the values, (B, H, length, D)
+        self.past = {}  # their vectors, and of each layer their keys and values, by name
 
     def append(self, name, x):
-        """Put x (B, H, T, D) behind what is kept by this name; return all of it."""
+        """Put x (..., T, channels) behind what is kept by this name; return all of it."""
         if name in self.past:
-            x = torch.cat((self.past[name], x), dim=2)
+            x = torch.cat((self.past[name], x), dim=-2)
         self.past[name] = x
         return x
 
 
-def smeared(x, share, name, cache):
-    """Add to each of x (B, T, C) a share of the one before it: x_t + share * x_(t-1), with a share
-    learned for each channel. So the first block sees pairs of tokens, and a query can look for the
-    token that follows one it knows. The idea is that of the smeared keys in arXiv:2209.11895.
-    Before the first stands what the cache has kept by this name, or 0."""
-    before = cache.last.get(name, torch.zeros_like(x[:, :1]))
-    cache.last[name] = x[:, -1:]
-    return x + share * torch.cat((before, x[:, :-1]), dim=1)
+def smeared(x, share):
+    """Add to each of x (..., T, channels) a share of the one before it: x_t + share x_(t-1), where
+    the share is learned for each channel. So the first block sees pairs of tokens, and a query can
+    look for the token that follows one it knows. Smeared keys are an idea of arXiv:2209.11895.
+    """
+    before = F.pad(x, (0, 0, 1, -1))  # each moves on by one place, and 0 stands before the first
+    return x + share * before
 
 
 class SelfAttention(nn.Module):
@@ -322,24 +304,22 @@ class SelfAttention(nn.Module):
             # idea in arXiv:2410.17897, which adds the first layer's values to those of later ones.
             self.value_table = nn.Embedding(config.vocab_size, HD)
         if config.smear:
-            self.smear = nn.Parameter(torch.zeros(HD))
+            self.smear = nn.Parameter(torch.zeros(HD))  # of keys
 
-    def heads(self, x):
-        """(B, T, H D) to (B, H, T, D)."""
-        return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
-
-    def forward(self, x, idx, turn, cache):
+    def forward(self, x, idx, cache):
         c = self.config
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H D) each
         if c.value_embeddings:
             v = v + self.value_table(idx)
-        if c.smear:
-            k = smeared(k, self.smear, self.layer, cache)
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D) each
-        if c.position == 'rotary':
-            q, k = rotate(q, *turn), rotate(k, *turn)
-        k = cache.append(f'keys {self.layer}', k)
+        k = cache.append(f'keys {self.layer}', k)  # (B, S, H D), of all S tokens so far
         v = cache.append(f'values {self.layer}', v)
+        if c.smear:
+            k = smeared(k, self.smear)
+        q, k, v = (y.unflatten(-1, (c.n_head, -1)).transpose(1, 2)
+                   for y in (q, k, v))  # (B, H, T, D), and twice (B, H, S, D)
+        if c.position == 'rotary':
+            S = k.size(2)
+            q, k = rotate(q, S), rotate(k, S)
         # A single new token needs no mask: all that is there is its past.
         y = fused_attention(q, k, v, is_causal=q.size(2) > 1)  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
@@ -370,9 +350,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_weights)
         self.mlp = MLP(config)
 
-    def forward(self, x, idx, turn, cache):
+    def forward(self, x, idx, cache):
         p = self.config.dropout
-        heard = self.attention(self.norm1(x), idx, turn, cache)
+        heard = self.attention(self.norm1(x), idx, cache)
         x = x + F.dropout(heard, p, self.training)
         thought = self.mlp(self.norm2(x))
         return x + F.dropout(thought, p, self.training)  # (B, T, C)
@@ -392,8 +372,6 @@ class GPT(nn.Module):
             self.place = nn.Embedding(c.block_size, c.n_embd)
         if c.smear:
             self.smear = nn.Parameter(torch.zeros(c.n_embd))
-        turn = torch.stack(rotation(c.block_size, c.head_dim))  # (2, T, D/2)
-        self.register_buffer('turn', turn, persistent=False)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_weights)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)
@@ -414,13 +392,12 @@ class GPT(nn.Module):
 
         x = self.token(idx)  # (B, T, C)
         if c.smear:
-            x = smeared(x, self.smear, 'token', cache)
+            x = smeared(cache.append('tokens', x), self.smear)[:, -T:]
         if c.position == 'learned':
             x = x + self.place.weight[start:start + T]
         x = F.dropout(x, c.dropout, self.training)
-        turn = self.turn[:, start:start + T]  # (2, T, D/2)
         for block in self.blocks:
-            x = block(x, idx, turn, cache)
+            x = block(x, idx, cache)
         cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
 
@@ -432,18 +409,15 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature): (B, V) to (B, 1).
 
     Temperature 0 takes the largest. top_k keeps the k likeliest tokens (0: all), top_p the fewest
-    that together have this probability (arXiv:1904.09751). What is as likely as the last one that
-    is kept is kept too: with top_k=1 and two equal logits, both.
+    that together have this probability (arXiv:1904.09751).
     """
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1, keepdim=True)
-    p = (logits.float() / temperature).softmax(dim=-1)  # (B, V)
-    if top_k or top_p < 1:
-        best = p.sort(dim=-1, descending=True).values[:, :top_k or None]
-        before = best.cumsum(dim=-1) - best  # the probability of all that are likelier
-        kept = best.where(before < top_p, best[:, :1])
-        p = p.where(p >= kept.amin(dim=-1, keepdim=True), 0)
-    return torch.multinomial(p, 1, generator=generator)
+    p = (logits.float() / max(temperature, 1e-9)).softmax(dim=-1)  # (B, V)
+    p, token = p.sort(dim=-1, descending=True)  # the likeliest first
+    p = p[:, :top_k or None]
+    before = p.cumsum(dim=-1) - p  # the probability of all that are likelier
+    p = p.where(before < top_p, 0)
+    place = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    return token.gather(-1, place)
 
 
 @torch.inference_mode()
@@ -455,11 +429,12 @@ def generate(model, idx, max_new_tokens, **how):
     for half a window of new tokens, so on average a token costs the same however long the text.
     """
     window = model.config.block_size
+    half = (window + 1) // 2
     seen = new = idx[:, -window:]  # (B, T)
     cache = Cache()  # of all that was seen but what is new
     for _ in range(max_new_tokens):
         if seen.size(1) > window:
-            seen = new = seen[:, -max(1, window // 2):]
+            seen = new = seen[:, -half:]
             cache = Cache()
         logits = model(new, cache)[:, -1]  # (B, V)
         new = next_token(logits, **how)  # (B, 1)
@@ -471,7 +446,7 @@ def generate(model, idx, max_new_tokens, **how):
 # The optimizer
 
 def orthogonalize(G, steps=3):
-    """Newton-Schulz: from G = U S V^T towards U V^T, for each matrix of a stack (..., n, m).
+    """Newton-Schulz: from a matrix G = U S V^T (n, m) towards U V^T.
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X takes each singular value s to a s + b s^3 + c s^5.
     With these a, b, c, found by trying [2], five steps bring all but the smallest to 0.7 ... 1.2;
@@ -479,13 +454,13 @@ def orthogonalize(G, steps=3):
     [2] Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = G.size(-2) > G.size(-1)
-    X = G.mT if tall else G  # so that X X^T is the smaller product
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now s <= 1
+    tall = G.size(0) > G.size(1)
+    X = G.T if tall else G  # so that X X^T is the smaller product
+    X = X / (X.norm() + 1e-7)  # now s <= 1
     for _ in range(steps):
-        A = X @ X.mT
+        A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+    return X.T if tall else X
 
 
 TABLES = 'token.weight', 'place.weight', 'table.weight'
@@ -519,45 +494,39 @@ class Optimizer:
     """
     model: nn.Module
     learning_rate: float
-    table_rate: float
-    matrix_rate: float
     beta1: float = 0.8
     beta2: float = 0.99
+    weight_decay: float = 0.0
     momentum: float = 0.95
-    weight_decay: float = 0.0  # of Adam
-    matrix_decay: float = 0.0  # of Muon
-    muon: bool = True  # or everything goes to Adam, at one rate
+    muon: bool = True  # or everything goes to Adam
 
     def __post_init__(self):
         self.state = {}  # tensors by name: what a checkpoint keeps
-        self.rates = {}  # by the parameters' names
         for name, w in self.model.named_parameters():
             self.state[f'mean.{name}'] = torch.zeros_like(w)
-            self.rates[name] = self.learning_rate
-            if self.muon and name.endswith(TABLES):
-                self.rates[name] = self.table_rate
-            if self.muon and name.endswith(MATRICES):
-                self.rates[name] = self.matrix_rate
-            else:
+            if not (self.muon and name.endswith(MATRICES)):
                 self.state[f'square.{name}'] = torch.zeros_like(w)
 
     @torch.no_grad()
     def step(self, t, share=1.0):
-        """Step t = 1, 2, ... with this share of each rate."""
+        """Step t = 1, 2, ... with this share of the rate."""
         for name, w in self.model.named_parameters():
-            g, r, mean = w.grad, share * self.rates[name], self.state[f'mean.{name}']
+            if w.grad is None:
+                continue
+            g, mean, r = w.grad, self.state[f'mean.{name}'], share * self.learning_rate
+            if self.muon and name.endswith(TABLES):
+                r *= 5  # found by trying
+            w.mul_(1 - r * self.weight_decay)
             if self.muon and name.endswith(MATRICES):
                 n, m = w.shape
                 mean.lerp_(g, 1 - self.momentum)
                 X = orthogonalize(g.lerp(mean, self.momentum))
-                w.mul_(1 - r * self.matrix_decay)
                 w.sub_(r * max(1, n / m) ** 0.5 * X)
             else:
                 square = self.state[f'square.{name}']
                 mean.lerp_(g, 1 - self.beta1)
                 square.lerp_(g.square(), 1 - self.beta2)
                 size = (square / (1 - self.beta2**t)).sqrt() + 1e-8
-                w.mul_(1 - r * self.weight_decay)
                 w.addcdiv_(mean, size, value=-r / (1 - self.beta1**t))
 
 
@@ -571,17 +540,14 @@ def learn_pairs(model, ids, iterations, most=2**23):
     `most` numbers.
     """
     V = model.config.vocab_size
-    a, b = ids[:-1], ids[1:]  # (N - 1,) each
-    order = a.bincount(minlength=V).argsort(descending=True)  # the most frequent first
-    rows, rank = order[:most // V], order.argsort()
-    known = rank[a] < len(rows)
-    n = (rank[a] * V + b)[known].bincount(minlength=len(rows) * V).view(-1, V)  # (R, V)
-    weight = n / n.sum()
-    ends = nn.ModuleDict(dict(token=model.token, head=model.head))
-    optimizer = Optimizer(ends, learning_rate=0.02, table_rate=0.2, matrix_rate=0.0)
+    rows = ids.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
+    pairs, ones = torch.stack((ids[:-1], ids[1:])), torch.ones(len(ids) - 1)
+    n = torch.sparse_coo_tensor(pairs, ones, (V, V), check_invariants=True)
+    n = n.index_select(0, rows).to_dense()  # (R, V)
+    optimizer = Optimizer(model, learning_rate=0.04)
     for t in range(1, iterations + 1):
         logits = model.head(model.norm(model.token.weight[rows]))  # (R, V)
-        loss = -(weight * logits.log_softmax(dim=-1)).sum()
+        loss = F.cross_entropy(logits, n, reduction='sum') / n.sum()
         loss.backward()
         optimizer.step(t, share=min(1, t / 5))
         model.zero_grad()
@@ -600,15 +566,14 @@ def override(settings, **allowed):
     """Let the command line set a script's settings: what stands above this call in lines like
     `seed = 1  # comment`. Returns a dict of them.
 
-    `settings` is the script's globals(). What a setting is allowed to be: a list of words, a pair
-    of the smallest and the largest number, or the largest alone. If nothing is said, a number is
-    from 0 to 2^31.
+    `settings` is the script's globals(). What a setting is allowed to be: a list of words, or of
+    the smallest and the largest number. If nothing is said, a number is from 0 to 2^31.
     """
     def boolean(text):
         return ('true', '1', 'yes', 'false', '0', 'no').index(text.lower()) < 3
 
     kinds = {bool: boolean, int: int, float: float, str: os.path.expanduser}
-    block, _, _ = Path(settings['__file__']).read_text('utf-8').partition('= override(')
+    block = Path(settings['__file__']).read_text('utf-8').split('= override(')[0]
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
@@ -618,16 +583,15 @@ def override(settings, **allowed):
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
                                 type=kinds[type(value)], help=comment.replace('%', '%%'))
     config = vars(parser.parse_args())
-    if [] in config.values():  # what argparse makes of --
+    if [] in config.values():  # what argparse makes of --start=--
         parser.error('-- is no value')
 
     for name, value in config.items():
-        bounds = allowed.get(name, 2**31)
+        wanted = allowed.get(name, [0, 2**31])
         if isinstance(value, str):
-            right, wanted = name not in allowed or value in bounds, bounds
+            right = name not in allowed or value in wanted
         else:
-            low, high = bounds if isinstance(bounds, tuple) else (0, bounds)
-            right, wanted = low <= value <= high, f'{low} to {high}'
+            right = wanted[0] <= value <= wanted[1]
         if not right:
             fail(f'--{name}={value}: wanted {wanted}')
     settings.update(config)
@@ -636,18 +600,18 @@ def override(settings, **allowed):
 
 def on_stop(act):
     """Have act(number, frame) called at Ctrl-C, at SIGTERM, and when a terminal is closed."""
-    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets it be
+    for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP, SIGINT, SIGTERM
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets it be
             signal.signal(number, act)
 
 
 def one_line(kind, error, trace):
-    """What files and memory don't allow is said in one line. Any other error comes as it is."""
+    """What files, memory or an assertion don't allow is said in one line. Any other error comes as
+    it is."""
+    if issubclass(kind, (OSError, AssertionError)):
+        fail(error)
     if kind is MemoryError or 'memory' in str(error):
         fail('no memory for this: take a smaller --batch_size, --block_size or --n_embd')
-    if issubclass(kind, OSError):
-        fail(error)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -658,8 +622,8 @@ def quiet():
     on_stop(lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, 'SIGPIPE'):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.stdout = sys.stdout or open(os.devnull, 'w')
-    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
 
 
 def pick_device(name):
@@ -667,7 +631,7 @@ def pick_device(name):
     for device in ['cuda', 'mps', 'cpu'] if name == 'auto' else [name]:
         try:
             torch.zeros(1, device=device).item()
-            return torch.device(device)
+            return device
         except Exception:  # of many kinds
             pass
     fail(f'--device={name} is not available here; try --device=auto')
@@ -714,37 +678,31 @@ def save(path, model, tokenizer, state={}, **more):
     more.update(config=vars(model.config), tokenizer=[tokenizer.kind, tokenizer.learned])
     header = {'__metadata__': {name: json.dumps(value) for name, value in more.items()}}
 
-    numbers = bytearray()
+    end = 0
     for name, tensor in tensors.items():
-        begin, data = len(numbers), bytearray(4 * tensor.numel())
-        torch.frombuffer(data, dtype=torch.float32).copy_(tensor.detach().flatten())
-        numbers += data
-        header[name] = dict(dtype='F32', shape=tensor.shape, data_offsets=[begin, len(numbers)])
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = dict(dtype='F32', shape=tensor.shape, data_offsets=[begin, end])
+    numbers = bytearray(end)
+    flat = [tensor.detach().flatten() for tensor in tensors.values()]
+    torch.frombuffer(numbers, dtype=torch.float32).copy_(torch.cat(flat))
 
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
     write(path, len(header).to_bytes(8, 'little') + header + numbers)
 
 
-def read_header(file):
-    """What an open checkpoint says of its tensors, and what else was saved; two dicts."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-    return header, {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
-
-
 def load(path):
     """Read a checkpoint: model, tokenizer, and a dict of all else that was saved.
 
-    There is nothing in a checkpoint that could run. A file that is none ends the script in one
-    line.
+    There is nothing in a checkpoint that could run. A file that is none raises OSError.
     """
     try:
         with open(path, 'rb') as file:
-            header, saved = read_header(file)
+            header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
             data = memoryview(bytearray(file.read()))  # slices of which are no copies
+        saved = {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
         weights, state = {}, {}
         for name, entry in header.items():
-            assert entry['dtype'] == 'F32', 'numbers that are not float32'
             begin, end = entry['data_offsets']
             numbers = torch.frombuffer(data[begin:end], dtype=torch.float32)
             assert numbers.isfinite().all(), 'numbers that are not finite'
@@ -753,11 +711,12 @@ def load(path):
 
         (kind, learned), config = saved['tokenizer'], GPTConfig(**saved['config'])
         tokenizer = TOKENIZERS[kind](learned)
-        assert len(tokenizer.tokens) == config.vocab_size, 'other tokens than the model has'
-        assert config.n_params <= len(data) / 4, 'fewer numbers than the model has'
+        assert config.vocab_size == len(tokenizer.tokens), 'other tokens than the model has'
+        assert config.n_layer < len(weights), 'fewer numbers than the model has'
         model = GPT(config)
         weights.setdefault('head.weight', weights['token.weight'])  # if they are tied
         model.load_state_dict(weights)  # no other names, no other shapes
         return model, tokenizer, dict(saved, state=state)
     except Exception as error:  # whatever a file that is damaged or hostile may cause
-        fail(f'{path}: no checkpoint that can be read ({str(error)[:150]}); train.py writes one')
+        raise OSError(f'{path}: no checkpoint that can be read ({str(error)[:150]}); '
+                      'train.py writes one') from None

@@ -36,8 +36,8 @@ vocab_size = 3072  # the most tokens that are learned
 val_fraction = 0.1  # the share of the characters, the last ones, that is kept for validation
 tokenizer_from = ''  # a checkpoint whose tokenizer is taken instead, for finetuning it
 # -------------------------------------------------------------------------------------------------
-config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=(257, MAX_VOCAB),
-                  val_fraction=(0.001, 0.9))
+config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=[257, MAX_VOCAB],
+                  val_fraction=[0.001, 0.9])
 quiet()
 
 LARGEST = 2**30  # the most bytes that are read of one file, all that is packed in it included

@@ -34,7 +34,8 @@ text = ''  # a file to score, in bits per character, and to proof-read
 page = ''  # a page to write (.html): the file of --text, shaded by surprise
 tex = ''  # a file to write (.tex): the texts as a document for LaTeX
 # -------------------------------------------------------------------------------------------------
-config = override(globals(), num_samples=(1, 10_000), temperature=100, top_p=1.0)
+config = override(globals(), num_samples=[1, 10_000], temperature=[0, 100],
+                  top_p=[1e-6, 1])
 quiet()
 if page and not text or tex and (attention or text):
     fail('--page goes with --text=FILE; --tex goes without --text and --attention')

@@ -8,9 +8,6 @@ Train a GPT on what prepare.py has written.
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
 import ctypes
-import functools
-import glob
-import itertools
 import json
 import math
 import os
@@ -18,14 +15,14 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
+from pathlib import Path
 
 from gpt import ACTIVATIONS, GPT, GPTConfig, Optimizer, POSITIONS, TOKENIZERS
 from gpt import PAGE, fail, generate, learn_pairs, load, on_stop, override, pick_device, quiet
-from gpt import read_header, save, write, write_page
+from gpt import save, write, write_page
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 
 START = time.perf_counter()
@@ -60,13 +57,10 @@ smear = True  # a share of the one before is added to each token and to each key
 bigram_iters = 15  # iterations in which table and head learn the counts of pairs, 0 for none
 # the optimizer
 optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) or adamw
-learning_rate = 0.02  # of adamw
-matrix_rate = 0.02  # of muon
-table_rate = 0.1  # of adamw for embeddings, if the rest has muon
+learning_rate = 0.02  # how far a step goes; beside muon, tables go five times as far
 beta1 = 0.8  # adamw's memory of gradients
 beta2 = 0.99  # adamw's memory of their squares
-weight_decay = 0.2  # adamw's
-matrix_decay = 0.2  # muon's weight decay
+weight_decay = 0.2  # the share of each weight, times the rate, that a step takes away
 warmup_iters = 30  # steps in which the rates rise to their value
 decay_lr = True  # let the rates fall to 0 in a line
 # the machine
@@ -76,17 +70,19 @@ threads = 0  # 0 for as many as torch takes by itself
 compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
 allowed = dict(
-    batch_size=(1, 2**14), gradient_accumulation_steps=(1, 2**14), block_size=(1, 2**16),
-    dropout=0.99, position=POSITIONS, activation=[*ACTIVATIONS], optimizer=['muon', 'adamw'],
-    beta1=0.9999, beta2=0.9999, threads=1024)
+    batch_size=[1, 10_000], gradient_accumulation_steps=[1, 10_000], block_size=[1, 100_000],
+    dropout=[0, 0.99], position=POSITIONS, activation=[*ACTIVATIONS],
+    optimizer=['muon', 'adamw'], beta1=[0, 0.9999], beta2=[0, 0.9999])
 config = override(globals(), **allowed)
 quiet()
-last = os.path.join(out_dir, 'last.safetensors')  # the newest state
-ckpt = os.path.join(out_dir, 'ckpt.safetensors')  # the best model
+last = f'{out_dir}/last.safetensors'  # the newest state
+ckpt = f'{out_dir}/ckpt.safetensors'  # the best model
 
+path = last if init_from == 'resume' else init_from
 saved = {}
+if init_from != 'scratch':
+    model, tokenizer, saved = load(path)
 if init_from == 'resume':  # with the settings of the run, and then the command line once more
-    model, tokenizer, saved = load(last)
     globals().update({**saved['settings'], 'out_dir': out_dir, 'init_from': init_from})
     config = override(globals(), **allowed)
     may_change = {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes', 'eval_interval',
@@ -108,25 +104,24 @@ if rank:
 if batch_size % world:  # with equal shares the mean of the processes' means is the mean
     fail(f'--batch_size={batch_size}: wanted a multiple of the {world} processes')
 device = pick_device(device)
-autocast = torch.autocast('cuda', torch.bfloat16) if device.type == 'cuda' else nullcontext()
+autocast = torch.autocast('cuda', torch.bfloat16, enabled=device.startswith('cuda'))
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
 if threads:
     torch.set_num_threads(threads)
 with suppress(AttributeError, TypeError):  # for a C library that is not glibc
     # Keep memory that was freed: to give it back and fetch it anew took up to a third of a step.
-    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 # -------------------------------------------------------------------------------------------------
 # The data: tokens of the training and of the validation part
 
-folder = os.path.join(data_dir, dataset)
+folder = f'{data_dir}/{dataset}'
 hint = f'prepare it: python prepare.py --source=... --dataset={dataset}'
 try:
-    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-        meta = json.load(file)
+    meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
     learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
-    best_yardstick = min((bits, name) for name, bits in meta['yardsticks'].items())
     # Nats a token times this are bits a character, which compare: a text has as many characters in
     # any tokens. (An unknown token is easy to predict and hides a character: that flatters.)
     to_bits = meta['val']['tokens'] / meta['val']['characters'] / math.log(2)
@@ -136,40 +131,6 @@ try:
 except Exception as error:  # whatever a file that is missing or damaged may cause
     fail(f'{folder}: no data set that can be read ({type(error).__name__}: {error}); {hint}')
 
-
-def sequences(ids, starts):
-    """Tokens (B, T), and what follows each of them (B, T): -100 beyond the end of the text."""
-    places = starts[:, None] + torch.arange(block_size + 1)  # (B, T + 1)
-    both = ids[places.clamp(max=len(ids) - 1)].long() & 0xffff
-    both[places >= len(ids)] = -100  # which counts for nothing in F.cross_entropy
-    return both[:, :-1].clamp(min=0).to(device), both[:, 1:].to(device)
-
-
-n_sequences = max(1, (len(train) - 1) // block_size - 1)  # one is left for the shift
-per_step = batch_size * gradient_accumulation_steps  # sequences
-walk_steps = max(1, n_sequences // per_step)
-
-
-@functools.lru_cache(2)
-def walk(n):
-    """The n-th walk through the training part: where the sequences of its steps begin, in an order
-    drawn anew. So nearly all of the text is seen once before any of it is seen twice. The shift
-    makes them begin elsewhere in each walk."""
-    chance = torch.Generator().manual_seed(seed * 2**32 + n)
-    most = max(1, min(block_size, len(train) - n_sequences * block_size))
-    shift = torch.randint(most, (1,), generator=chance)
-    order = torch.randperm(max(n_sequences, per_step), generator=chance)[:walk_steps * per_step]
-    starts = order % n_sequences * block_size + shift  # a short text is met more than once
-    return starts.view(walk_steps, gradient_accumulation_steps, batch_size)
-
-
-def get_batch(i):
-    """Step i's tokens, a pair (x, y) for each accumulation step. Of several processes each takes
-    its share, and DistributedDataParallel the mean of their gradients."""
-    n, step = divmod(i, walk_steps)
-    return [sequences(train, starts[rank::world]) for starts in walk(n)[step]]
-
-
 # -------------------------------------------------------------------------------------------------
 # The model: new, or as it was saved
 
@@ -177,67 +138,87 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     tokenizer = learned
     shape = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    try:
-        model = GPT(GPTConfig(len(learned.tokens), **shape))
-    except AssertionError as error:
-        fail(f'no such model: {error}')
+    model = GPT(GPTConfig(len(learned.tokens), **shape))
     learn_pairs(model, train[:2**22].long() & 0xffff, bigram_iters)
 elif init_from != 'resume':  # weights, tokenizer and shape from there, all else fresh
-    model, tokenizer, _ = load(init_from)
     block_size = config['block_size'] = model.config.block_size
     model.config.dropout = dropout
-if (learned.kind, learned.learned) != (tokenizer.kind, tokenizer.learned):
-    source = last if saved else init_from
-    fail(f'{folder} has other tokens than the model; {hint} --tokenizer_from={source}')
+if learned.learned != tokenizer.learned:
+    fail(f'{folder} has other tokens than the model; {hint} --tokenizer_from={path}')
 model.to(device)
 if compile:
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
 net = torch.compile(model) if compile else model
 if world > 1:
-    net = nn.parallel.DistributedDataParallel(net)
-updates = Optimizer(model, learning_rate, table_rate, matrix_rate, beta1, beta2,
-                    weight_decay=weight_decay, matrix_decay=matrix_decay, muon=optimizer == 'muon')
+    net = torch.nn.parallel.DistributedDataParallel(net)
+updates = Optimizer(model, learning_rate, beta1, beta2, weight_decay, muon=optimizer == 'muon')
 
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
 # for bit, on as many threads and processes, unless it runs by the clock.
-i, seconds, losses, log, wrote = 0, 0.0, [], [], []
-if saved:
+i, seconds, losses, log, wrote, aside = 0, 0.0, [], [], [], None
+if init_from == 'resume':
     try:
-        i, seconds, losses = saved['step'], saved['seconds'], saved['losses']
-        log, wrote = saved['log'], saved['wrote']
+        globals().update(saved['run'])
         for name, tensor in updates.state.items():
             tensor.copy_(saved['state'][name])
-    except (KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever such a file may lack
         fail(f'{last}: no run that can be resumed ({error!r})')
 
 # -------------------------------------------------------------------------------------------------
-# How it is measured. Each evaluation reads the same evenly spaced parts of the validation text,
-# at least 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
+# Batches. A row is T + 1 tokens: x is the first T of them, and y what follows each
+
+if len(train) <= block_size:
+    fail(f'{folder} has {len(train)} tokens to train; more papers are needed, '
+         f'or a smaller --block_size than {block_size}')
+rows = train.unfold(0, block_size + 1, 1)  # (N - T, T + 1): row t begins at token t
+n_rows = max(1, (len(train) - 1) // block_size - 1)  # side by side, with room for a shift
+room = min(block_size, len(train) - n_rows * block_size)
+per_step = batch_size * gradient_accumulation_steps
+# The rows are taken in the order 0, a, 2a, 3a, ... modulo their number n. If a has no divisor in
+# common with n, each is taken once before any is taken twice. With a near the golden section of n,
+# those of one step come from all over the text.
+stride = round(0.618 * n_rows)
+while math.gcd(stride, n_rows) > 1:
+    stride += 1
+
+
+def xy(rows):
+    """(B, T + 1) to x and y, (B, T) each."""
+    rows = rows.to(device)
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+
+def get_batch(i):
+    """Step i's x and y, a pair for each accumulation step. Of several processes each takes its
+    share, and DistributedDataParallel the mean of their gradients."""
+    k = torch.arange(i * per_step, (i + 1) * per_step)
+    n = k // n_rows  # walks through the text so far; in each the rows begin elsewhere
+    starts = k * stride % n_rows * block_size + n * 97 % room
+    for some in starts.view(gradient_accumulation_steps, batch_size):
+        yield xy(rows[some[rank::world]].long() & 0xffff)
+
+
+# -------------------------------------------------------------------------------------------------
+# How it is measured. Each evaluation reads the same evenly spaced rows of the validation text, at
+# least 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
 # compared with like. At the end the best model reads the whole part, and that is the result.
 
-every_start = torch.arange(0, len(val) - 1, block_size)  # where a sequence begins
-few_starts = every_start[::max(1, len(val) // 2**14)]
+# What is -100 counts for nothing in F.cross_entropy: it fills the last row.
+padded = F.pad(val.long() & 0xffff, (0, block_size), value=-100)
+every_row = padded.unfold(0, block_size + 1, block_size)
+few_rows = every_row[::max(1, len(val) // 2**14)]
+prompt = torch.tensor([tokenizer.encode('\\section{')], device=device)  # (1, T)
 
 
 @torch.inference_mode()
-def evaluate(model, starts):
-    """The mean of -log p, in nats, over the validation text's sequences that begin there."""
-    total, n = 0.0, 0
-    for some in starts.split(max(1, 2048 // block_size)):
-        x, y = sequences(val, some)
-        with autocast:
-            logits = model(x)  # (B, T, V)
-        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
-        n += (y >= 0).sum().item()
-    return total / n
-
-
-def sound(x):
-    """Return a loss or a weight that is finite. One that isn't ends the run; nothing is saved."""
-    if not math.isfinite(x):
-        fail(f'step {i}: the loss is {x}; most likely a rate is too large (--learning_rate, '
-             f'--matrix_rate, --table_rate). {ckpt} is the last good model')
-    return x
+def evaluate(model, rows):
+    """The mean of -log p, in nats, over the tokens of these rows of the validation text."""
+    total = 0.0
+    for some in rows.split(batch_size):
+        x, y = xy(some)
+        logits = model(x)  # (B, T, V)
+        total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='sum').item()
+    return total / (rows[:, 1:] >= 0).sum().item()
 
 
 def clock():
@@ -246,42 +227,43 @@ def clock():
 
 
 def progress():
-    """The share of the run that is done: of its steps, or of its time."""
+    """The share of the run that is done: of its time, or of its steps."""
     if max_minutes:
         return min(1, clock() / (60 * max_minutes))
-    return min(1, i / max_iters) if max_iters else 1
+    return i / max_iters if i < max_iters else 1
 
 
 def time_left(done):
-    left = int(clock() * (1 / done - 1) if done else 60 * max_minutes)
-    return f'{left // 60}m{left % 60:02}s left' if done or max_minutes else ''
+    left = int(clock() * (1 / done - 1)) if done else 0
+    return f'{left // 60}m{left % 60:02}s left' if done else ''
 
 
-def write_some():
-    """What the model writes now, on one line."""
-    prompt = torch.tensor([tokenizer.encode('\\section{')], device=device)
-    chance = torch.Generator(device).manual_seed(seed * 2**32 + i)
-    text = tokenizer.decode(map(int, generate(model, prompt, 40, generator=chance)))
-    return ' '.join(text.split())
+def due():
+    """Whether to evaluate before step i: every eval_interval steps, or some twenty times."""
+    if max_minutes and not eval_interval:
+        return clock() >= next_time
+    return i % (eval_interval or max(1, math.ceil(max_iters / 20))) == 0
 
 
-def report(done):
+def report(done, rate):
     """Evaluate, save, print a line and what the model writes."""
-    global best_loss, next_time
+    global next_time
     began = clock()
     model.eval()
-    loss = sound(evaluate(model, few_starts))
-    row = dict(step=i, tokens=i * per_step * block_size, seconds=round(began, 2),
-               train_loss=sum(losses) / len(losses) if losses else loss, val_loss=loss,
-               val_bpc=loss * to_bits, learning_rate=learning_rate * schedule(done))
-    log.append(row)
-    wrote.append(write_some())
+    loss = evaluate(model, few_rows)
+    best = model if all(loss < row['val_loss'] for row in log) else None
+    mean = sum(losses) / len(losses) if losses else loss
+    log.append(dict(step=i, tokens=i * per_step * block_size, seconds=round(began, 2),
+                    train_loss=mean, val_loss=loss, val_bpc=loss * to_bits, learning_rate=rate))
     losses.clear()
+    torch.manual_seed(seed + i)
+    text = tokenizer.decode(map(int, generate(model, prompt, 40)))
+    text = ' '.join(text.split())
+    wrote.append(text)
     model.train()
-    if keep(model if loss < best_loss else None):
-        best_loss = min(loss, best_loss)
-    print(f'step {i:5}  train {row["train_loss"]:.2f}  val {loss:.2f}  '
-          f'{row["val_bpc"]:.2f} bits/char  {time_left(done)}\n    {wrote[-1][:76]}')
+    keep(best)
+    print(f'step {i:5}  train {mean:.2f}  val {loss:.2f}  {loss * to_bits:.2f} bits/char  '
+          f'{time_left(done)}\n    {text[:76]}')
     # A twentieth of the time later, or so much later that evaluations take a tenth of it at most.
     next_time = clock() + max(60 * max_minutes / 20, 9 * (clock() - began))
 
@@ -291,33 +273,22 @@ def report(done):
 
 def keep(best=None, result=()):
     """Save the newest state and, if it is given, the best model; the last row, of the log or of
-    the result, says how good it is. If the disk doesn't let it, say so and go on. Returns True if
-    all was saved."""
-    sound(sum(w.sum().item() for w in model.parameters()))
-    more, rows = dict(settings=config, macros=meta.get('macros', [])), [*log, *result]
+    the result, says how good it is. Each file is replaced whole: if the disk is full, the run ends
+    and can be resumed from what was saved before."""
+    rows = [*log, *result]
+    run = dict(i=i, seconds=clock(), losses=losses, log=log, wrote=wrote, aside=aside)
+    about = dict(rows[-1], run=run, settings=config, macros=meta.get('macros', []))
     table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        if best:
-            save(ckpt, best, tokenizer, **rows[-1], **more)
-        save(last, model, tokenizer, updates.state, step=i, seconds=clock(), losses=losses,
-             log=log, wrote=wrote, **more)
-        text = ''.join(','.join(map(str, line)) + '\n' for line in table)
-        write(f'{out_dir}/log.csv', text.encode())
-        if os.path.exists(PAGE):
-            write_page(f'{out_dir}/run.html', kind='run', title=f'The run in {out_dir}', rows=log,
-                       wrote=wrote, result=result, yardsticks=meta['yardsticks'], aside=aside,
-                       running=not (result or stopping))
-        return True
-    except OSError as error:
-        print(f'not saved ({error}); what was saved before is whole', file=sys.stderr)
-
-
-def on_signal(number, frame):
-    """The first time: end after this step. The second time: at once."""
-    global stopping
-    stopping = number
-    signal.signal(number, signal.SIG_DFL)
+    text = ''.join(','.join(map(str, line)) + '\n' for line in table)
+    os.makedirs(out_dir, exist_ok=True)
+    if best:
+        save(ckpt, best, tokenizer, **about)
+    save(last, model, tokenizer, updates.state, **about)
+    write(f'{out_dir}/log.csv', text.encode())
+    if os.path.exists(PAGE):
+        write_page(f'{out_dir}/run.html', kind='run', title=f'The run in {out_dir}', **run,
+                   result=result, yardsticks=meta['yardsticks'],
+                   running=not (result or stopping))
 
 
 def claim():
@@ -332,60 +303,59 @@ def claim():
              f'({error})')
 
 
+def on_signal(number, frame):
+    """The first time: end after this step. The second time: at once."""
+    global stopping
+    stopping = number
+    signal.signal(number, signal.SIG_DFL)
+
+
 stopping = 0  # the number of the signal that asked for it
 next_time = 0.0  # of an evaluation, in a run by the clock
-best_loss = min((row['val_loss'] for row in log), default=math.inf)  # that was saved
 on_stop(on_signal)
-aside = None  # the newest run that was moved aside, if its data set has this name
 if rank == 0:
-    lock, run = claim(), os.path.normpath(out_dir)
-    if not saved and (os.path.exists(last) or os.path.exists(ckpt)):
-        moved = next(f'{run}.{n}' for n in itertools.count(1) if not os.path.exists(f'{run}.{n}'))
-        lock.close()
-        os.rename(run, moved)
+    lock, here = claim(), Path(out_dir)
+    if init_from != 'resume' and any(here.glob('*.safetensors')):
+        n = 1
+        while os.path.exists(f'{here}.{n}'):
+            n += 1
+        with suppress(OSError, KeyError):  # the page shows it as a pale curve, if it compares
+            _, _, before = load(last)
+            if before['settings']['dataset'] == dataset:
+                aside = dict(title=f'{here}.{n}', rows=before['run']['log'])
+        os.rename(here, f'{here}.{n}')
         lock = claim()
-        print(f'the run that was in {out_dir} is now in {moved}')
-    with suppress(Exception):  # whatever is in such a folder
-        path = max(glob.glob(f'{glob.escape(run)}.*/last.safetensors'), key=os.path.getmtime)
-        with open(path, 'rb') as file:
-            _, before = read_header(file)
-        if before['settings']['dataset'] == dataset:
-            aside = dict(title=os.path.dirname(path), rows=before['log'])
+        print(f'the run that was in {out_dir} is now in {here}.{n}')
 
 # -------------------------------------------------------------------------------------------------
 # The loop
 
-def schedule(done):
-    """What share of the full rates step i takes: what rises to 1 in the first steps, times what
-    falls to 0 in a line."""
-    return min(1, (i + 1) / (warmup_iters + 1)) * (1 - done if decay_lr else 1)
-
-
-def due():
-    """Whether to evaluate before step i: every eval_interval steps, or some twenty times."""
-    if max_minutes and not eval_interval:
-        return clock() >= next_time
-    return i % (eval_interval or max(1, math.ceil(max_iters / 20))) == 0
-
-
 if not os.path.exists(PAGE):
     print(f'there is no {PAGE}, so there will be no page of this run')
-print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, {walk_steps:,} steps to see '
-      f'them once; {device}' + (f'; resumed at step {i}' if i else ''))
+print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, '
+      f'{math.ceil(n_rows / per_step):,} steps to see them once; {device}'
+      + (f'; resumed at step {i}' if i else ''))
 while True:
     state = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
     if world > 1:
         dist.broadcast(state, 0)  # the first process decides
     done, now, stop = state.tolist()
-    if done == 1 and i == 0 and max_minutes:
-        fail(f'--max_minutes={max_minutes} is over before the first step; take more')
-    if rank == 0 and (now or done == 1) and not (log and log[-1]['step'] == i):
-        report(done)
+    if now or stop or done == 1:
+        assert all(w.isfinite().all() for w in model.parameters()), (
+            f'step {i}: a weight is no number any more; most likely --learning_rate={learning_rate} '
+            f'is too large. {ckpt} is the last good model')
+
+    # The rate rises to its value in the first steps, and falls to 0 in a line.
+    share = min(1, (i + 1) / (warmup_iters + 1))
+    if decay_lr:
+        share *= 1 - done
+    if rank == 0 and (now or done == 1) and (losses or not log):
+        report(done, share * learning_rate)
     if done == 1 or stop:
         break
 
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
-    share, loss = schedule(done), 0
+    loss = 0
     for x, y in get_batch(i):  # (B, T) each
         with autocast:
             logits = net(x)  # (B, T, V)
@@ -393,33 +363,32 @@ while True:
         mean = mean / gradient_accumulation_steps
         mean.backward()
         loss += mean.item()
-    losses.append(sound(loss))
+    losses.append(loss)
     updates.step(i + 1, share)
     model.zero_grad()
     i += 1
-    if sys.stdout.isatty():  # one line, rewritten in place
+    if os.isatty(1):  # one line, rewritten in place
         print(f'step {i:5}  train {loss:.2f}  {time_left(done)}'.ljust(50), end='\r', flush=True)
 
 # -------------------------------------------------------------------------------------------------
 # The end: the best model reads the whole validation part
 
 if world > 1:
-    dist.barrier()
     dist.destroy_process_group()
+if rank:
+    sys.exit()
 if stop:
-    how = ', saved' if rank == 0 and keep() else ''
-    print(f'\nstopped at step {i}{how}; to go on: '
+    keep()
+    print(f'\nstopped at step {i}, saved; to go on: '
           f'python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + int(stop))
-if rank == 0:
-    best, _, about = load(ckpt)
-    loss = evaluate(best.to(device).eval(), every_start)
-    result = {**{name: about[name] for name in log[0]}, 'seconds': round(clock(), 2),
-              'val_loss': loss, 'val_bpc': loss * to_bits}
-    if not keep(best, [result]):
-        fail(f'the end of the run could not be saved in {out_dir}')
-    bits, name = best_yardstick
-    print(f'best of step {result["step"]}, on the whole validation part: '
-          f'{result["val_bpc"]:.3f} bits/char ({name}: {bits:.3f})')
-    print(f'finished: {ckpt}, and {out_dir}/run.html for a browser')
-    print(f'to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper')
+if i == 0 and max_minutes:
+    fail(f'--max_minutes={max_minutes} is over before the first step; take more')
+best, _, about = load(ckpt)
+loss = evaluate(best.to(device).eval(), every_row)
+result = {**{name: about[name] for name in log[0]}, 'seconds': round(clock(), 2),
+          'val_loss': loss, 'val_bpc': loss * to_bits}
+keep(best, [result])
+print(f'''best of step {result["step"]}, on the whole validation part: {loss * to_bits:.3f} bits/char
+finished: {ckpt}, and {out_dir}/run.html for a browser
+to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper''')
