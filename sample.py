@@ -187,6 +187,13 @@ INNER = r'(?:[^{}$\\\n]|\\(?!begin|end|item|[{}]))'
 NESTED = rf'(?:{INNER}|\{{(?:{INNER}|\{{{INNER}*\}})*\}})'
 ARGUMENT = rf'\{{(?:{NESTED})*\}}'  # braces in it
 
+# What may stand in a fraction, which is written as a whole: TeX doesn't survive half a fraction
+PLAIN = rf"""(?x: [A-Za-z0-9 +*/=<>()[\].,;:!|'-] | \n(?!\s*\n) | \\[ {{}},;:!|]
+    | \\(?: {SIGNS} | q?quad | l?dots ){END} | \\text[a-z]*\{{[A-Za-z ]*\}}
+    | (?: [_^] | \\(?:{OVER}) ) (?= \s*\{{ )
+    | \\(?:{FRACTIONS}) (?= \s*{GROUP} \s*{GROUP} ) )"""
+FILLED = rf'\s*\{{(?:{PLAIN}|\{{(?:{PLAIN}|\{{{PLAIN}*\}})*\}})*\}}'
+
 # Each line: a pattern => what takes its place. Many spellings become the few that TOKEN knows. An
 # unknown word becomes its name, an argument gets its braces. The last lines are against what stops
 # TeX: two scripts of a kind in a row, a title that never ends, a hundred errors in a paragraph
@@ -195,9 +202,9 @@ SPELLINGS = rf"""
     \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
     \\par{END}                               =>  \n\n
     \\[()]                                   =>  $
-    \\\\ (?: \s* \[[^][]*\] )?               =>  \\\\{{}}
-    \\sqrt \s* \[[^][]*\]                    =>  \\sqrt
-    (?s) \$\$ (.*?) \$\$                     =>  \\[\1\\]
+    (?s) \$\$ ((?: (?!\n\s*\n). )*?) \$\$    =>  \\[\1\\]
+    \\\\ (?: \s* \[[^][\n]*\] )?             =>  \\\\{{}}
+    \\sqrt \s* \[[^][\n]*\]                  =>  \\sqrt
     (begin|end)\{{(?:displaymath|align|gather|multline|eqnarray|flalign)\*?\}}
                                              =>  \1{{equation*}}
     (?<!\\) \\\[                             =>  \\begin{{equation*}}
@@ -229,25 +236,24 @@ SPELLINGS = rf"""
 TOKEN = rf"""(?x)
     (?P<heading>  (?= \\(?:sub)*section{END} ) )                   # before it, all is closed
   | (?P<break>    \n\s*\n\s* | (?= \\item{END} | \\begin\{{(?:equation|{BLOCKS}) ) )
-  | (?P<display>  \\begin\{{equation\*?\}} )
-  | (?P<text>     \\begin\{{(?:{BLOCKS})\}} | \\(?:{TEXT})\*?\s*\{{ )
-  | (?P<over>     \\begin\{{(?:{TABLES})\}} | \\(?:{OVER})\s*\{{ )
-  | (?P<fraction> \\(?:{FRACTIONS})(?={ARGUMENT}\s*{ARGUMENT})\{{ )
+  | (?P<block>    \\begin\{{(?:{BLOCKS})\}} )
+  | (?P<text>     \\(?:{TEXT})\*?\s*\{{ )
+  | (?P<formula>  \$ | \\begin\{{equation\*?\}} )
+  | (?P<over>     \\begin\{{(?:{TABLES})\}} | [_^]\s*\{{ | \\(?:{OVER})\s*\{{ )
   | (?P<group>    \{{ )
-  | (?P<dollar>   \$ )
   | (?P<item>     \\item{END} )
-  | (?P<cell>     & | \\\\ )
-  | (?P<sign>     \\(?:{SIGNS}){END} | [_^](?=\s*\{{) )
-  | (?P<prose>    [A-Za-z]{{3,}} [ \n] [a-z]{{2,}} (?! [^{{}}$]* \}} ) )
-  | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
+  | (?P<cell>     & | \\\\(?=\{{\}}) )
+  | (?P<sign>     \\(?:{SIGNS}){END} | \\(?:{FRACTIONS}){FILLED}{FILLED} )
+  | (?P<prose>    [A-Za-z]{{3,}} [ \n] [a-z]{{2,}} (?! [^{{}}$]* \}} )
+                | [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
   | (?P<other>    \\(?:ref|eqref|cite)(?:\[[^][{{}}]*\])?\{{[A-Za-z0-9:.,/_\ -]*\}}
                 | \\(?:q?quad|l?dots|S){END} | \\[ {{}}%#&_$,;:!|]
                 | [ \t\n!"'-\[\]`-z|~] )
   | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
 """
-DEEP = 14  # how much may be open at a time; a fraction needs five places, or it isn't written
+DEEP = 14  # how much may be open at a time
 
-MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[(\d)\])?\s*\{(.*)\}$'
+MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[\d\])?\s*\{(.*)\}$'
 PREAMBLE = r"""\documentclass{amsart}
 \usepackage{amssymb}
 \allowdisplaybreaks
@@ -269,65 +275,61 @@ PREAMBLE = r"""\documentclass{amsart}
 """
 
 
-def mend(text, rules):
+def spell(text):
+    """A text in the words that TOKEN knows, the macros that \\newcommand made for the author
+    written out."""
+    rules = []
+    for name, meaning in reversed(re.findall(MACRO, '\n'.join(saved.get('macros', [])))):
+        arguments = int(max(re.findall('#([1-9])', meaning), default=0))
+        word = rf'\\{name}{END}' + f'({ARGUMENT})' * arguments
+        rules.append((word, re.sub('#([1-9])', r'\\g<\1>', meaning.replace('\\', r'\\'))))
+    rules += re.findall(r'(?s)(\S.*?)\s+=>\s+(\S+)', SPELLINGS)
+    for ways, way in rules:
+        text = re.sub(ways, way, text, flags=re.VERBOSE)
+    return text
+
+
+def mend(text):
     """LaTeX that TeX gets through, as near to a text as it gets.
 
     What is open is closed where its surroundings end; what closes nothing goes. Mathematics in a
-    text brings its own dollar. A word that isn't known to be harmless shows its name.
+    text brings its own dollar.
     """
-    for ways, way in rules:
-        text = re.sub(ways, way, text, flags=re.VERBOSE)
+    tokens = [(token.lastgroup, token[0]) for token in re.finditer(TOKEN, text)]
+    tokens.reverse()  # the next is the last
     out = []
-    closers = ['\\end{document}']  # of what is open, how it ends
-    math = [False]  # and whether mathematics stands in it, or text
 
-    def push(written, closer, mode):
-        out.append(written)
-        closers.append(closer)
-        math.append(mode)
+    def fill(math, *closers):
+        """Write what is in a formula or a text, and closers[0] to end it. The other closers are
+        those of what is around it."""
+        inner = len(closers) > 1
+        ends = {'heading': inner, 'break': math or closers[0] == '}', 'prose': math}
+        table = math and closers[0].startswith('\\end')
+        fits = {'cell': table, 'item': inner, 'end': False, 'formula': False}
+        if len(closers) > DEEP:
+            tokens.append(('heading', '\n\n'))
+        while tokens:
+            kind, written = tokens.pop()
+            if kind in ('sign', 'over') and not math:
+                tokens.extend([(kind, written), ('formula', '$')])
+            elif kind in ('block', 'text', 'group', 'over') or kind == 'formula' and not math:
+                out.append(written.replace('$', '$ '))
+                closer = '}' if written[-1] == '{' else written.replace('begin', 'end')
+                fill(kind in ('over', 'formula') or kind == 'group' and math, closer, *closers)
+            elif ends.get(kind, written in closers):
+                if written != closers[0]:
+                    tokens.append((kind, written))
+                break
+            else:
+                out.append(written if fits.get(kind, True) else '{}')
+        out.append(closers[0])
 
-    def close(place):
-        while len(closers) > place:
-            out.append(closers.pop())
-            math.pop()
-
-    for token in re.finditer(TOKEN, text):
-        kind, written = token.lastgroup, token[0]
-        if kind == 'heading' or len(closers) > DEEP:
-            close(1)
-        if kind == 'break' or kind == 'prose' and math[-1]:  # a paragraph, a formula ends
-            while math[-1] or closers[-1] == '}':
-                close(len(closers) - 1)
-        if kind in ('sign', 'over', 'fraction', 'dollar') and not math[-1]:  # a formula begins
-            push('$ ', '$', True)
-            if kind == 'dollar':
-                continue
-
-        if kind == 'fraction' and len(closers) > DEEP - 6:
-            written = '{'
-        if kind in ('text', 'display', 'over', 'fraction', 'group'):
-            closer = written.replace('begin', 'end') if 'begin' in written else '}'
-            push(written, closer, {'text': False, 'display': True}.get(kind, math[-1]))
-        elif written in closers:
-            close(len(closers) - 1 - closers[::-1].index(written))
-        else:
-            fits = dict(cell=math[-1] and closers[-1].startswith('\\end'), letter=not math[-1],
-                        item=len(closers) > 1, end=False, dollar=False)
-            out.append(written if fits.get(kind, True) else '{}')
-    close(1)
+    fill(False, '\\end{document}')
     return ''.join(out)
 
 
 def document(texts):
-    """A paper of these texts, the macros that \\newcommand made for the author written out."""
-    rules = []
-    for name, n, meaning in reversed(re.findall(MACRO, '\n'.join(saved.get('macros', [])))):
-        n = int(n or 0)
-        word = rf'\\{name}{END}' + rf'({ARGUMENT})' * n + '()' * (9 - n)
-        rules.append((word, re.sub('#([1-9])', r'\\g<\1>', meaning.replace('\\', r'\\'))))
-    rules += re.findall(r'(?s)(\S.*?)\s+=>\s+(\S+)', SPELLINGS)
-    body = '\n\n\\section*{Another dream}\n\n'.join(mend(text, rules) for text in texts)
-    return f'{PREAMBLE}{body}\n\\end{{document}}\n'
+    return PREAMBLE + mend(spell('\n\n\\section*{Another dream}\n\n'.join(texts)))
 
 
 # -------------------------------------------------------------------------------------------------
