@@ -686,10 +686,13 @@ PAGE = Path(__file__).resolve().parent / 'assets/page.html'
 
 
 def write_page(path, **data):
-    """Write assets/page.html with what it shows in it; a browser needs nothing else."""
-    text = PAGE.read_text('utf-8')
-    numbers = json.dumps(data).replace('<', '\\u003c')  # no text in it is a tag
-    write(path, text.replace('DATA', numbers, 1).encode())
+    """Write assets/page.html with what it shows in it, four decimals of what stands in a tensor.
+    A browser needs nothing else."""
+    def rounded(tensor):
+        return tensor.cpu().double().round(decimals=4).tolist()
+
+    numbers = json.dumps(data, default=rounded).replace('<', '\\u003c')  # no text in it is a tag
+    write(path, PAGE.read_text('utf-8').replace('DATA', numbers, 1).encode())
 
 
 def save(path, model, tokenizer, state={}, **more):
