@@ -47,7 +47,7 @@ MAX_VOCAB = 2**16  # a token is stored in 16 bits
 UNKNOWN = '\ufffd'  # stands for what was never learned
 
 # The pieces of LaTeX. None is longer than 64 characters, and joined they are the text.
-PIECE = re.compile(r'''
+PIECE = re.compile(r'''(?x)
     \\ [A-Za-z@]{1,63}              # a control word, \alpha
   | \\ [^\nA-Za-z]?                 # a control symbol, \{
   | [ ]? [^\W\d_]{1,63}             # letters, with the blank before them
@@ -55,7 +55,7 @@ PIECE = re.compile(r'''
   | [ ]? (?: [^\w\s\\]{1,63} | _ )  # punctuation, with the blank before it
   | \n{1,8} [ \t]{0,56}             # line ends, with the indentation after them
   | \s                              # other white space
-''', re.VERBOSE)
+''')
 
 
 def pieces(text):
@@ -284,8 +284,8 @@ def smeared(x, share):
     the share is learned for each channel. So the first block sees pairs of tokens, and a query can
     look for the token that follows one it knows. Smeared keys are an idea of arXiv:2209.11895.
     """
-    before = F.pad(x, (0, 0, 1, -1))  # each moves on by one place, and 0 stands before the first
-    return x + share * before
+    # Padding moves each on by one place. Before the first stands 0.
+    return x + share * F.pad(x, (0, 0, 1, -1))
 
 
 class SelfAttention(nn.Module):
@@ -541,7 +541,8 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """
     V = model.config.vocab_size
     rows = ids.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
-    pairs, ones = torch.stack((ids[:-1], ids[1:])), torch.ones(len(ids) - 1)
+    pairs = torch.stack((ids[:-1], ids[1:]))  # (2, N - 1)
+    ones = torch.ones(len(ids) - 1)
     n = torch.sparse_coo_tensor(pairs, ones, (V, V), check_invariants=True)
     n = n.index_select(0, rows).to_dense()  # (R, V)
     optimizer = Optimizer(model, learning_rate=0.04)
@@ -549,7 +550,7 @@ def learn_pairs(model, ids, iterations, most=2**23):
         logits = model.head(model.norm(model.token.weight[rows]))  # (R, V)
         loss = F.cross_entropy(logits, n, reduction='sum') / n.sum()
         loss.backward()
-        optimizer.step(t, share=min(1, t / 5))
+        optimizer.step(t, min(1, t / 5))
         model.zero_grad()
 
 
@@ -577,7 +578,7 @@ def override(settings, **allowed):
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message}; --help lists the settings')
-    for name, comment in re.findall(r'^([a-z]\w*) = .*?(?:  # (.*))?$', block, re.MULTILINE):
+    for name, comment in re.findall(r'(?m)^([a-z]\w*) = .*?(?:  # (.*))?$', block):
         value = settings[name]
         if type(value) in kinds:
             parser.add_argument(f'--{name}', default=value, metavar=repr(value),
@@ -610,7 +611,7 @@ def one_line(kind, error, trace):
     it is."""
     if issubclass(kind, (OSError, AssertionError)):
         fail(error)
-    if kind is MemoryError or 'memory' in str(error):
+    if 'memory' in f'{kind} {error}'.lower():
         fail('no memory for this: take a smaller --batch_size, --block_size or --n_embd')
     sys.__excepthook__(kind, error, trace)
 
@@ -650,10 +651,11 @@ PAGE = Path(__file__).resolve().parent / 'assets/page.html'
 
 
 def write_page(path, **data):
-    """Write assets/page.html with what it shows in it; a browser needs nothing else."""
-    text = PAGE.read_text('utf-8')
-    numbers = json.dumps(data).replace('<', '\\u003c')  # no text in it is a tag
-    write(path, text.replace('DATA', numbers, 1).encode())
+    """Write assets/page.html with what it shows in it, four decimals of what stands in a tensor.
+    A browser needs nothing else."""
+    data = json.dumps(data, default=lambda x: x.cpu().double().round(decimals=4).tolist())
+    data = data.replace('<', '\\u003c')  # no text in it is a tag
+    write(path, PAGE.read_text('utf-8').replace('DATA', data, 1).encode())
 
 
 def save(path, model, tokenizer, state={}, **more):
@@ -703,8 +705,8 @@ def load(path):
         saved = {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
         weights, state = {}, {}
         for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            numbers = torch.frombuffer(data[begin:end], dtype=torch.float32)
+            its = data[slice(*entry['data_offsets'])]
+            numbers = torch.frombuffer(its, dtype=torch.float32)
             assert numbers.isfinite().all(), 'numbers that are not finite'
             part = state if name.startswith(('mean.', 'square.')) else weights
             part[name] = numbers.view(entry['shape'])
@@ -719,4 +721,4 @@ def load(path):
         return model, tokenizer, dict(saved, state=state)
     except Exception as error:  # whatever a file that is damaged or hostile may cause
         raise OSError(f'{path}: no checkpoint that can be read ({str(error)[:150]}); '
-                      'train.py writes one') from None
+                      'train.py writes one')

@@ -8,12 +8,12 @@ Text from a trained model, as a paper too; a proof-reader; and two pages that sh
     python sample.py --start='Let $X$ be' --attention=attention.html
     python sample.py --text=paper.tex --page=paper.html
 """
-import math
-import os
 import re
 from bisect import bisect
 from collections import Counter
+from difflib import get_close_matches
 from itertools import accumulate
+from pathlib import Path
 
 import gpt
 from gpt import fail, generate, load, override, pick_device, quiet, write_page
@@ -34,8 +34,7 @@ text = ''  # a file to score, in bits per character, and to proof-read
 page = ''  # a page to write (.html): the file of --text, shaded by surprise
 tex = ''  # a file to write (.tex): the texts as a document for LaTeX
 # -------------------------------------------------------------------------------------------------
-config = override(globals(), num_samples=[1, 10_000], temperature=[0, 100],
-                  top_p=[1e-6, 1])
+config = override(globals(), num_samples=[1, 10_000], top_p=[1e-6, 1])
 quiet()
 if page and not text or tex and (attention or text):
     fail('--page goes with --text=FILE; --tex goes without --text and --attention')
@@ -45,19 +44,18 @@ for name, ending in (attention, '.html'), (page, '.html'), (tex, '.tex'):
 
 
 def contents(path):
-    with open(os.path.expanduser(path), encoding='utf-8-sig', errors='replace') as file:
-        return file.read()
+    return Path(path).expanduser().read_text('utf-8-sig', 'replace')
 
 
-model, tokenizer, saved = load(os.path.join(out_dir, 'ckpt.safetensors'))
-device, window = pick_device(device), model.config.block_size
-model.to(device).eval()
+model, tokenizer, saved = load(Path(out_dir, 'ckpt.safetensors'))
+device = pick_device(device)
+window = model.config.block_size
+model.to(device).eval().requires_grad_(False)
 if start.startswith('FILE:'):
     start = contents(start[5:])
 prompt = torch.tensor(tokenizer.encode(start or '\n'))[-window:]  # (T,)
 
 
-@torch.inference_mode()
 def read(ids):
     """What the model thinks of a text (N,): the surprise in bits at each token, (N,), with 0 for
     the first; and after each token the five likeliest to follow, each with its p, (N, 5, 2).
@@ -70,8 +68,8 @@ def read(ids):
         logits = model(ids[None, begin:at + half].to(device))[0, at - begin:]
         p = logits.cpu().double().softmax(dim=-1)
         follow = ids[at + 1:at + half + 1]
-        bits.append(-p[torch.arange(len(follow)), follow].log2())
-        most, token = p.topk(min(5, p.size(-1)))
+        bits.append(-p[range(len(follow)), follow].log2())
+        most, token = p.topk(5)
         likely.append(torch.stack((token, most), dim=-1))
     return torch.cat(bits), torch.cat(likely)
 
@@ -79,62 +77,52 @@ def read(ids):
 def show(path, ids, bits, likely, **more):
     """Write the page of a text that was read."""
     tokens = [token.decode('utf-8', 'backslashreplace') for token in tokenizer.tokens]
-    write_page(path, ids=ids.tolist(), bits=bits.round(decimals=2).tolist(),
-               likely=likely.round(decimals=4).tolist(), tokens=tokens, **more)
+    write_page(path, ids=ids.tolist(), bits=bits, likely=likely, tokens=tokens, **more)
     print(f'written {path}, {len(ids):,} tokens; open it in a browser')
 
 
 # -------------------------------------------------------------------------------------------------
 # The proof-reader: a slip surprises a model that knows an author's papers
 
-HIDDEN = re.compile(r"""
+HIDDEN = re.compile(r"""(?xs)
     (?: \A | \\end\{document\} ) .*? \\begin\{document\}          # a preamble
   | \\end\{document\} .*                                          # what stands behind the end
   | % [^\n]*                                                      # a comment
   | \\verb ([^\w\s]) [^\n]*? \1                                   # code
   | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \2 \}
   | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}        # a name
-""", re.VERBOSE | re.DOTALL)
-WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_A-Z]{2,}\b')  # control words and lower-case words
+""")
+WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_][^\W\d_A-Z]+\b')  # control words; no ABC
 
 # Two braces or two dollars of one paragraph, with none in between. In a formula no word stands
 # before another word, nor at the end.
-PAIR = re.compile(r"""
+PAIR = re.compile(r"""(?x)
     \{ (?: (?! \n\s*\n ) [^{}$] )* \}
   | \$ (?: (?! \n\s*\n | (?<![\\A-Za-z]) [a-z]{2,} \s+ [a-z$] ) [^{}$] )* \$
-""", re.VERBOSE)
+""")
 
 
 def hide(match):
-    return re.sub(r'\S', '.', match.group())
-
-
-def shortened(word):
-    """A word, and what is left of it without one of its letters. Two words have one of these in
-    common if a letter is dropped, added or replaced, or if two neighbours are exchanged."""
-    return {word, *(word[:i] + word[i + 1:] for i in range(len(word)))}
+    return re.sub(r'\S', '.', match[0])
 
 
 def misspelt(prose, ends, bits):
     """The words that stand once and are no tokens, the likeliest slips first. Token i ends at
-    ends[i] and has bits[i].
-
-    `expected` is the most frequent word that is one slip away. If it stands n times, in the text
-    or as a token, the word weighs its bits times log(2 + n): the more often, the likelier a slip.
-    """
-    tokens = b'\n'.join(tokenizer.tokens).decode(errors='replace')
-    times = Counter(WORD.findall(f'{prose}\n{tokens}'))
-    near = {word: shortened(word) for word in times}
+    ends[i] and has bits[i]. If a word is close to a known one, its bits count twice."""
+    tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')  # a part of a word is none
+    times = Counter(WORD.findall(f'{prose}\n_{tokens}\n_{tokens}'))
+    known = [word for word in times if times[word] > 1]
     slips = []
     for match in WORD.finditer(prose):
-        word, (at, end) = match.group(), match.span()
+        word = match[0]
         if times[word] == 1:
-            others = [other for other in near if near[other] & near[word] and other != word]
-            expected = max(others, key=times.get, default='another word')
-            first, last = bisect(ends, at), bisect(ends, end - 1)
-            slips.append(dict(at=first, line=prose.count('\n', 0, at) + 1, word=word,
-                              bits=bits[first:last + 1].sum().item(), expected=expected))
-    return sorted(slips, key=lambda slip: -slip['bits'] * math.log(2 + times[slip['expected']]))
+            first, end = (bisect(ends, place) for place in match.span())
+            close = get_close_matches(word, known, 1, 0.75)
+            slips.append(dict(
+                at=first, line=prose.count('\n', 0, match.start()) + 1, word=word,
+                bits=float(bits[first:end].sum()),
+                expected=close[0] if close else 'another word'))
+    return sorted(slips, key=lambda slip: -slip['bits'] * (2 if slip['expected'] in times else 1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -184,9 +172,14 @@ BLOCKS = 'itemize|enumerate|proof|quote|center|called'
 LETTERS = 'àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝŒćčďěłńňőřśšűůźżž‘’“”–—'
 END = '(?![A-Za-z])'  # of a word
 GROUP = r'\{[^{}]*\}'
-INNER = r'(?:[^{}$\\\n]|\\(?!begin|end|item|[{}]))'
-NESTED = rf'(?:{INNER}|\{{(?:{INNER}|\{{{INNER}*\}})*\}})'
-ARGUMENT = rf'\{{(?:{NESTED})*\}}'  # braces in it
+ARGUMENT = r'\{(?:[^{}\\]|\\.|\{(?:[^{}\\]|\\.|\{(?:[^{}\\]|\\.)*\})*\})*\}'  # braces in it
+
+# What may stand in a fraction, which is written as a whole: TeX doesn't survive half a fraction
+PLAIN = rf"""(?x: [A-Za-z0-9 +*/=<>()[\].,;:!|'-] | \n(?!\s*\n) | \\[ {{}},;:!|]
+    | \\(?: {SIGNS} | q?quad | l?dots ){END} | \\text[a-z]*\{{[A-Za-z ]*\}}
+    | (?: [_^] | \\(?:{OVER}) ) (?= \s*\{{ )
+    | \\(?:{FRACTIONS}) (?= \s*{GROUP} \s*{GROUP} ) )"""
+FILLED = rf'\s*\{{(?:{PLAIN}|\{{(?:{PLAIN}|\{{{PLAIN}*\}})*\}})*\}}'
 
 # Each line: a pattern => what takes its place. Many spellings become the few that TOKEN knows. An
 # unknown word becomes its name, an argument gets its braces. The last lines are against what stops
@@ -196,9 +189,9 @@ SPELLINGS = rf"""
     \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
     \\par{END}                               =>  \n\n
     \\[()]                                   =>  $
-    \\\\ (?: \s* \[[^][]*\] )?               =>  \\\\{{}}
-    \\sqrt \s* \[[^][]*\]                    =>  \\sqrt
-    (?s) \$\$ (.*?) \$\$                     =>  \\[\1\\]
+    \$\$ ((?: (?!\n\s*\n)[\s\S] )*?) \$\$   =>  \\[\1\\]
+    \\\\ (?: \s* \[[^][\n]*\] )?             =>  \\\\{{}}
+    \\sqrt \s* \[[^][\n]*\]                  =>  \\sqrt
     (begin|end)\{{(?:displaymath|align|gather|multline|eqnarray|flalign)\*?\}}
                                              =>  \1{{equation*}}
     (?<!\\) \\\[                             =>  \\begin{{equation*}}
@@ -230,25 +223,25 @@ SPELLINGS = rf"""
 TOKEN = rf"""(?x)
     (?P<heading>  (?= \\(?:sub)*section{END} ) )                   # before it, all is closed
   | (?P<break>    \n\s*\n\s* | (?= \\item{END} | \\begin\{{(?:equation|{BLOCKS}) ) )
-  | (?P<display>  \\begin\{{equation\*?\}} )
-  | (?P<text>     \\begin\{{(?:{BLOCKS})\}} | \\(?:{TEXT})\*?\s*\{{ )
-  | (?P<over>     \\begin\{{(?:{TABLES})\}} | \\(?:{OVER})\s*\{{ )
-  | (?P<fraction> \\(?:{FRACTIONS})(?={ARGUMENT}\s*{ARGUMENT})\{{ )
+  | (?P<block>    \\begin\{{(?:{BLOCKS})\}} )
+  | (?P<text>     \\(?:{TEXT})\*?\s*\{{ )
+  | (?P<formula>  \$ | \\begin\{{equation\*?\}} )
+  | (?P<over>     \\begin\{{(?:{TABLES})\}} | [_^]\s*\{{ | \\(?:{OVER})\s*\{{ )
   | (?P<group>    \{{ )
-  | (?P<dollar>   \$ )
   | (?P<item>     \\item{END} )
-  | (?P<cell>     & | \\\\ )
-  | (?P<sign>     \\(?:{SIGNS}){END} | [_^](?=\s*\{{) )
-  | (?P<prose>    [A-Za-z]{{3,}} [ \n] [a-z]{{2,}} (?! [^{{}}$]* \}} ) )
-  | (?P<letter>   [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
+  | (?P<cell>     & | \\\\(?=\{{\}}) )
+  | (?P<sign>     \\(?:{SIGNS}){END} | \\(?:{FRACTIONS}){FILLED}{FILLED} )
+  | (?P<prose>    [A-Za-z]{{3,}} [ \n] [a-z]{{2,}} (?! [^{{}}$]* \}} )
+                | [{LETTERS}] | \\['`^"~=.](?:[A-Za-z]|\{{[A-Za-z]\}}) )
   | (?P<other>    \\(?:ref|eqref|cite)(?:\[[^][{{}}]*\])?\{{[A-Za-z0-9:.,/_\ -]*\}}
                 | \\(?:q?quad|l?dots|S){END} | \\[ {{}}%#&_$,;:!|]
                 | [ \t\n!"'-\[\]`-z|~] )
   | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
 """
-DEEP = 14  # how much may be open at a time; a fraction needs five places, or it isn't written
+OPENERS = 'block', 'text', 'over', 'group'
+DEEP = 14  # how much may be open at a time
 
-MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[(\d)\])?\s*\{(.*)\}$'
+MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[\d\])?\s*\{(.*)\}$'
 PREAMBLE = r"""\documentclass{amsart}
 \usepackage{amssymb}
 \allowdisplaybreaks
@@ -270,65 +263,55 @@ PREAMBLE = r"""\documentclass{amsart}
 """
 
 
-def mend(text, rules):
-    """LaTeX that TeX gets through, as near to a text as it gets.
+def spell(text):
+    """A text in the words that TOKEN knows, the macros that \\newcommand made for the author
+    written out."""
+    rules = re.findall(r'(?s)(\S.*?)\s+=>\s+(\S+)', SPELLINGS)
+    for name, meaning in re.findall(MACRO, '\n'.join(saved.get('macros', []))):
+        arguments = int(max(re.findall('#([1-9])', meaning), default=0))
+        word = rf'\\{name}{END}' + f'({ARGUMENT})' * arguments
+        meaning = re.sub('#([1-9])', r'\\g<\1>', meaning.replace('\\', r'\\'))
+        rules.insert(0, (word, meaning))  # the last one first: it may use those before
+    for ways, way in rules:
+        text = re.sub('(?x)' + ways, way, text)
+    return text
+
+
+def document(text):
+    """A paper that TeX gets through, as near to a text as it gets.
 
     What is open is closed where its surroundings end; what closes nothing goes. Mathematics in a
-    text brings its own dollar. A word that isn't known to be harmless shows its name.
+    text brings its own dollar.
     """
-    for ways, way in rules:
-        text = re.sub(ways, way, text, flags=re.VERBOSE)
-    out = []
-    closers = ['\\end{document}']  # of what is open, how it ends
-    math = [False]  # and whether mathematics stands in it, or text
+    tokens = [(token.lastgroup, token[0]) for token in re.finditer(TOKEN, spell(text))]
+    tokens.reverse()  # the next is the last
+    out = [PREAMBLE]
 
-    def push(written, closer, mode):
-        out.append(written)
-        closers.append(closer)
-        math.append(mode)
+    def fill(math, *closers):
+        """Write what is in a formula or a text, and closers[0] to end it. The other closers are
+        those of what is around it."""
+        inner = len(closers) > 1
+        ends = {'heading': inner, 'break': math or closers[0] == '}', 'prose': math}
+        table = math and closers[0].startswith('\\end')
+        fits = {'cell': table, 'item': inner, 'end': False, 'formula': False}
+        while tokens:
+            kind, written = tokens.pop()
+            if kind in ('sign', 'over') and not math:
+                tokens.extend([(kind, written), ('formula', '$')])
+            elif kind in OPENERS and len(closers) < DEEP or kind == 'formula' and not math:
+                out.append(written.replace('$', '$ '))
+                closer = '}' if written[-1] == '{' else written.replace('begin', 'end')
+                fill(kind in ('over', 'formula') or kind == 'group' and math, closer, *closers)
+            elif ends.get(kind, written in closers):
+                if written != closers[0]:
+                    tokens.append((kind, written))
+                break
+            else:
+                out.append(written if fits.get(kind, kind not in OPENERS) else '{}')
+        out.append(closers[0])
 
-    def close(place):
-        while len(closers) > place:
-            out.append(closers.pop())
-            math.pop()
-
-    for token in re.finditer(TOKEN, text):
-        kind, written = token.lastgroup, token[0]
-        if kind == 'heading' or len(closers) > DEEP:
-            close(1)
-        if kind == 'break' or kind == 'prose' and math[-1]:  # a paragraph, a formula ends
-            while math[-1] or closers[-1] == '}':
-                close(len(closers) - 1)
-        if kind in ('sign', 'over', 'fraction', 'dollar') and not math[-1]:  # a formula begins
-            push('$ ', '$', True)
-            if kind == 'dollar':
-                continue
-
-        if kind == 'fraction' and len(closers) > DEEP - 6:
-            written = '{'
-        if kind in ('text', 'display', 'over', 'fraction', 'group'):
-            closer = written.replace('begin', 'end') if 'begin' in written else '}'
-            push(written, closer, {'text': False, 'display': True}.get(kind, math[-1]))
-        elif written in closers:
-            close(len(closers) - 1 - closers[::-1].index(written))
-        else:
-            fits = dict(cell=math[-1] and closers[-1].startswith('\\end'), letter=not math[-1],
-                        item=len(closers) > 1, end=False, dollar=False)
-            out.append(written if fits.get(kind, True) else '{}')
-    close(1)
+    fill(False, '\\end{document}\n')
     return ''.join(out)
-
-
-def document(texts):
-    """A paper of these texts, the macros that \\newcommand made for the author written out."""
-    rules = []
-    for name, n, meaning in reversed(re.findall(MACRO, '\n'.join(saved.get('macros', [])))):
-        n = int(n or 0)
-        word = rf'\\{name}{END}' + rf'({ARGUMENT})' * n + '()' * (9 - n)
-        rules.append((word, re.sub('#([1-9])', r'\\g<\1>', meaning.replace('\\', r'\\'))))
-    rules += re.findall(r'(?s)(\S.*?)\s+=>\s+(\S+)', SPELLINGS)
-    body = '\n\n\\section*{Another dream}\n\n'.join(mend(text, rules) for text in texts)
-    return f'{PREAMBLE}{body}\n\\end{{document}}\n'
 
 
 # -------------------------------------------------------------------------------------------------
@@ -340,8 +323,7 @@ if attention:
     layers = []  # of each the weights, (H, T, T)
 
     def watched(q, k, v, is_causal):
-        weights = gpt.attention_weights(q, k, is_causal)[0].double()
-        layers.append(weights.round(decimals=4).tolist())
+        layers.append(gpt.attention_weights(q, k, is_causal)[0])
         return gpt.attention(q, k, v, is_causal)
 
     gpt.fused_attention = watched
@@ -355,8 +337,9 @@ elif text:
     if len(ids) < 2:
         fail(f'--text={text}: too short to be scored')
     bits, likely = read(ids)
-    bpe = tokenizer.kind == 'bpe'
-    units = tokenizer.stream(ids.tolist()) if bpe else tokenizer.split(content)
+    units = tokenizer.split(content)
+    if tokenizer.kind == 'bpe':
+        units = tokenizer.stream(ids.tolist())
     ends = [*accumulate(map(len, units))]  # where each token ends in the text
     title = f'{text}: {bits.sum() / (len(content) - ends[0]):.3f} bits per character'
     print(f'{title} (of {len(content):,}, in {len(ids):,} tokens)')
@@ -368,26 +351,28 @@ elif text:
         print('line {line}: {word}, {bits:.0f} bits; expected {expected}'.format(**slip))
     while PAIR.search(prose):
         prose = PAIR.sub(hide, prose)
-    for number, line in enumerate(prose.split('\n'), 1):
-        if signs := re.findall('[{}$]', line):
-            print(f'line {number}: {" ".join(signs)} without a partner')
+    for match in re.finditer('[{}$]', prose):
+        line = prose.count('\n', 0, match.start()) + 1
+        print(f'line {line}: {match[0]} without a partner')
     if page:
-        hidden = [[bisect(ends, at) for at in match.span()] for match in HIDDEN.finditer(plain)]
-        show(page, ids, bits, likely, kind='text', title=title, quiet=hidden, words=words)
+        show(page, ids, bits, likely, kind='text', title=title, words=words, ends=ends,
+             quiet=[match.span() for match in HIDDEN.finditer(plain)])
 
 else:
     chance = torch.Generator(device).manual_seed(seed)
-    texts = [start] * num_samples
+    dream = ''
     for n in range(num_samples):
         if n:
             print('-' * 80)
+            dream += '\n\n\\section*{Another dream}\n\n'
         print(start, end='')
+        dream += start
         tokens = generate(model, prompt[None].to(device), max_new_tokens, temperature=temperature,
                           top_k=top_k, top_p=top_p, generator=chance)
         for piece in tokenizer.stream(map(int, tokens)):  # as it comes
             print(piece, end='', flush=True)
-            texts[n] += piece
+            dream += piece
         print()
     if tex:
-        gpt.write(tex, document(texts).encode())
+        gpt.write(tex, document(dream).encode())
         print(f'written {tex}; to see it: pdflatex -interaction=nonstopmode {tex}, or Overleaf')
