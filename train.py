@@ -61,8 +61,8 @@ learning_rate = 0.02  # how far a step goes; beside muon, tables go five times a
 beta1 = 0.8  # adamw's memory of gradients
 beta2 = 0.99  # adamw's memory of their squares
 weight_decay = 0.2  # the share of each weight, times the rate, that a step takes away
-warmup_iters = 30  # steps in which the rates rise to their value
-decay_lr = True  # let the rates fall to 0 in a line
+warmup_iters = 30  # steps in which the rate rises to its value
+decay_lr = True  # let the rate fall to 0 in a line
 # the machine
 seed = 1337  # what is drawn by lot in step i depends on the seed and i alone
 device = 'auto'  # auto, cpu, cuda, mps
