@@ -494,11 +494,11 @@ class Optimizer:
     """
     model: nn.Module
     learning_rate: float
+    weight_decay: float = 0.0
+    muon: bool = True  # or everything goes to Adam
     beta1: float = 0.8
     beta2: float = 0.99
-    weight_decay: float = 0.0
     momentum: float = 0.95
-    muon: bool = True  # or everything goes to Adam
 
     def __post_init__(self):
         self.state = {}  # tensors by name: what a checkpoint keeps

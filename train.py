@@ -58,8 +58,6 @@ bigram_iters = 15  # iterations in which table and head learn the counts of pair
 # the optimizer
 optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) or adamw
 learning_rate = 0.02  # how far a step goes; beside muon, tables go five times as far
-beta1 = 0.8  # adamw's memory of gradients
-beta2 = 0.99  # adamw's memory of their squares
 weight_decay = 0.2  # the share of each weight, times the rate, that a step takes away
 warmup_iters = 30  # steps in which the rate rises to its value
 decay_lr = True  # let the rate fall to 0 in a line
@@ -72,7 +70,7 @@ compile = False  # torch.compile
 allowed = dict(
     batch_size=[1, 10_000], gradient_accumulation_steps=[1, 10_000], block_size=[1, 100_000],
     dropout=[0, 0.99], position=POSITIONS, activation=[*ACTIVATIONS],
-    optimizer=['muon', 'adamw'], beta1=[0, 0.9999], beta2=[0, 0.9999])
+    optimizer=['muon', 'adamw'])
 config = override(globals(), **allowed)
 quiet()
 last = f'{out_dir}/last.safetensors'  # the newest state
@@ -151,7 +149,7 @@ if compile:
 net = torch.compile(model) if compile else model
 if world > 1:
     net = torch.nn.parallel.DistributedDataParallel(net)
-updates = Optimizer(model, learning_rate, beta1, beta2, weight_decay, muon=optimizer == 'muon')
+updates = Optimizer(model, learning_rate, weight_decay, muon=optimizer == 'muon')
 
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
 # for bit, on as many threads and processes, unless it runs by the clock.
@@ -277,7 +275,7 @@ def keep(best=None, result=()):
     and can be resumed from what was saved before."""
     rows = [*log, *result]
     run = dict(i=i, seconds=clock(), losses=losses, log=log, wrote=wrote, aside=aside)
-    about = dict(rows[-1], run=run, settings=config, macros=meta.get('macros', []))
+    about = dict(rows[-1], run=run, settings=config, macros=meta['macros'])
     table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
     text = ''.join(','.join(map(str, line)) + '\n' for line in table)
     os.makedirs(out_dir, exist_ok=True)
@@ -384,10 +382,10 @@ if stop:
     sys.exit(128 + int(stop))
 if i == 0 and max_minutes:
     fail(f'--max_minutes={max_minutes} is over before the first step; take more')
-best, _, about = load(ckpt)
+best, _, _ = load(ckpt)
 loss = evaluate(best.to(device).eval(), every_row)
-result = {**{name: about[name] for name in log[0]}, 'seconds': round(clock(), 2),
-          'val_loss': loss, 'val_bpc': loss * to_bits}
+result = min(log, key=lambda row: row['val_loss'])
+result = dict(result, seconds=round(clock(), 2), val_loss=loss, val_bpc=loss * to_bits)
 keep(best, [result])
 print(f'''best of step {result["step"]}, on the whole validation part: {loss * to_bits:.3f} bits/char
 finished: {ckpt}, and {out_dir}/run.html for a browser
