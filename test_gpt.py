@@ -86,7 +86,7 @@ def run(tmp_path, monkeypatch, capsys):
     gc.collect()
     gc.freeze()  # so that it takes no time to collect what a script leaves behind
 
-    def run(script, *arguments, code=0, lines=1):
+    def run(script, *arguments, code=0):
         monkeypatch.setattr(sys, 'argv', [script, *arguments])
         gc.collect()
         names, ended = {}, 0
@@ -105,11 +105,19 @@ def run(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert ended == code, err or out
         assert 'Traceback' not in err
-        if code == 2:
-            assert len(err.strip().splitlines()) == lines, err
         return SimpleNamespace(out=out, err=err, **names)
 
     return run
+
+
+@pytest.fixture
+def refused(run):
+    """What a script says that can't do what a user wants: one line, and the exit code is 2."""
+    def refused(*command):
+        said = run(*command, code=2).err
+        assert len(said.splitlines()) == 1, said
+        return said
+    return refused
 
 
 @pytest.fixture
@@ -451,21 +459,21 @@ def test_the_yardsticks_by_hand(run, papers):
     assert stick == pytest.approx(8 * n)
 
 
-def test_a_swap_cut_short_is_put_right(run, papers):
+def test_a_swap_cut_short_is_put_right(refused, papers):
     """Killed between its two renames, or before or after them, it leaves one whole data set."""
     for left, there in ('.old', True), ('.tmp', True), ('.old', False):
         shutil.copytree('data/mine', f'data/mine{left}')
         if not there:
             shutil.rmtree('data/mine')
-        run('prepare.py', '--source=nowhere', '--dataset=mine', code=2)
+        refused('prepare.py', '--source=nowhere', '--dataset=mine')
         assert os.listdir('data') == ['mine'] and len(os.listdir('data/mine')) == 3
 
 
-def test_a_folder_that_holds_anything_else_is_never_replaced(run, papers):
+def test_a_folder_that_holds_anything_else_is_never_replaced(refused, papers):
     """Neither the papers themselves nor what has the name of a half-written data set."""
     os.makedirs('data/x.old/work')
     for name in '../mine', 'x':
-        said = run('prepare.py', '--source=mine', f'--dataset={name}', code=2).err
+        said = refused('prepare.py', '--source=mine', f'--dataset={name}')
         assert 'holds more' in said
     assert os.path.exists('data/x.old/work') and len(os.listdir('mine')) == 2
 
@@ -804,17 +812,17 @@ def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     assert starts[0] == 0 and len(set(starts.diff().tolist())) == 1
 
 
-def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, papers):
+def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, refused, papers):
     """Evaluations take a tenth of it at most; one that's over before a step says so."""
     result = run('train.py', *TINY, '--eval_interval=0', '--max_minutes=0.02', '--warmup_iters=0')
     assert 1.2 <= result.log[-1]['seconds'] < 1.6
     for row in result.log[1:]:
         rate = row['learning_rate'] / result.learning_rate
         assert rate == pytest.approx(max(0, 1 - row['seconds'] / 1.2), abs=0.15)
-    assert 'take more' in run('train.py', *TINY, '--max_minutes=1e-9', code=2).err
+    assert 'take more' in refused('train.py', *TINY, '--max_minutes=1e-9')
 
 
-def test_finetuning_goes_on_from_what_was_learned(run, papers):
+def test_finetuning_goes_on_from_what_was_learned(run, refused, papers):
     """The first loss is a trained model's; another tokenizer is refused."""
     first = run('train.py', *TINY, '--max_iters=60', '--eval_interval=60', '--out_dir=base')
     base = 'base/ckpt.safetensors'
@@ -826,8 +834,8 @@ def test_finetuning_goes_on_from_what_was_learned(run, papers):
     resumed = run('train.py', '--init_from=resume', '--max_iters=9')
     assert resumed.i == 9 and resumed.block_size == resumed.model.config.block_size == 16
     run(*PREPARE, '--vocab_size=290')
-    refused = run('train.py', *TINY, f'--init_from={base}', code=2)
-    assert f'--tokenizer_from={base}' in refused.err
+    said = refused('train.py', *TINY, f'--init_from={base}')
+    assert f'--tokenizer_from={base}' in said
 
 
 def same_walk(one, other):
@@ -853,20 +861,20 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, at_call, kind,
         same_walk('out/last.safetensors', 'whole/last.safetensors')
 
 
-def test_a_resumed_run_has_its_own_settings_to_its_end(run, papers):
+def test_a_resumed_run_has_its_own_settings_to_its_end(run, refused, papers):
     """How long and where may change; what would change its walk is refused by name."""
     run('train.py', *TINY, '--learning_rate=0.03', '--eval_interval=2')
     result = run('train.py', '--init_from=resume', '--max_iters=8')
     assert result.i == 8 and result.learning_rate == 0.03 and result.eval_interval == 2
     for argument in '--learning_rate=0.02', '--batch_size=4', '--seed=1', '--dataset=papers':
         name = argument.split('=')[0]
-        assert name in run('train.py', '--init_from=resume', argument, code=2).err
+        assert name in refused('train.py', '--init_from=resume', argument)
 
 
-def test_nothing_trained_is_overwritten(base, run):
+def test_nothing_trained_is_overwritten(base, run, refused):
     """A run that is there is moved aside, and the new one's page shows it."""
     before = Path('out/ckpt.safetensors').read_bytes()
-    run('train.py', '--dataset=nowhere', code=2)  # not by one that can't begin
+    refused('train.py', '--dataset=nowhere')  # not by one that can't begin
     assert 'out.1' in run('train.py', *TINY).out
     assert Path('out.1/ckpt.safetensors').read_bytes() == before
     rows = parsed('out.1/last.safetensors')[0]['log']
@@ -909,9 +917,9 @@ def test_nothing_trained_is_overwritten(base, run):
     sample.py --attention=no/where.html -> no/where.html
     sample.py --start=FILE: -> No such file
     sample.py --start=FILE:mine -> mine'''.strip().splitlines()])
-def test_what_a_user_gets_wrong_ends_with_one_line(run, base, command, hint):
+def test_what_a_user_gets_wrong_ends_with_one_line(refused, base, command, hint):
     Path('file').write_text('x')
-    assert hint in run(*command.split(), code=2).err
+    assert hint in refused(*command.split())
 
 
 def test_what_does_not_fit_into_memory_is_said_in_one_line(run, papers):
@@ -929,13 +937,13 @@ def test_settings_are_taken_and_listed(run, papers):
 
 
 @pytest.mark.parametrize('kind', gpt.TOKENIZERS)
-def test_every_prompt_is_gone_on_from(run, papers, kind):
+def test_every_prompt_is_gone_on_from(run, refused, papers, kind):
     """Empty, longer than the window, of unknown characters, of bytes that are no text."""
     tokenizer = gpt.TOKENIZERS[kind].learn(corpus(1, 50), 300)
     gpt.save('ckpt.safetensors', small(vocab_size=len(tokenizer.tokens)), tokenizer)
     for start in '', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null', '\udcff':
         assert run('sample.py', '--out_dir=.', '--max_new_tokens=20', f'--start={start}').out
-    assert 'nwhere' in run('sample.py', '--out_dir=.', '--start=FILE:no\nwhere', code=2).err
+    assert 'nwhere' in refused('sample.py', '--out_dir=.', '--start=FILE:no\nwhere')
     run('prepare.py', '--source=mine', '--dataset=\udcff')  # a name of such bytes
 
 
@@ -1041,11 +1049,11 @@ def test_hostile_tokens_stay_text(run):
     assert [numbers('a.html')['tokens'][i] for i in bpe.encode('\u00e9')] == ['\\xc3', '\\xa9']
 
 
-def test_without_its_page_a_run_goes_on_and_says_so_once(run, papers, monkeypatch):
+def test_without_its_page_a_run_goes_on_and_says_so_once(run, refused, papers, monkeypatch):
     monkeypatch.setattr(gpt, 'PAGE', Path('nowhere/page.html'))
     result = run('train.py', *TINY)
     assert result.out.count('nowhere/page.html') == 1 and not os.path.exists('out/run.html')
-    assert 'nowhere/page.html' in run('sample.py', '--attention=a.html', code=2).err
+    assert 'nowhere/page.html' in refused('sample.py', '--attention=a.html')
 
 
 def proof_reader(text):
@@ -1182,12 +1190,12 @@ def test_a_dream_is_what_was_written(base, run):
         assert (there or text.replace('$x', '$ x')) in names.document([text])
 
 
-def test_several_texts_are_sections(base, run):
+def test_several_texts_are_sections(base, run, refused):
     run('sample.py', '--max_new_tokens=1', '--num_samples=3', '--tex=dream.tex', '--start=So')
     with open('dream.tex') as file:
         assert file.read().count('\\section*{Another dream}') == 2
     for bad in (['--tex=x.pdf'], ['--tex=no/where.tex'], ['--tex=x.tex', '--text=dream.tex']):
-        assert 'tex' in run('sample.py', '--max_new_tokens=1', *bad, code=2).err
+        assert 'tex' in refused('sample.py', '--max_new_tokens=1', *bad)
 
 
 # ------------------------------------------------------------------------------ nothing lost
@@ -1202,15 +1210,16 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, papers, at_call):
 
 def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, at_call):
     at_call(os, 'fsync', range(3, 99), disk_full)  # both checkpoints are written by then
-    assert run('train.py', *TINY, code=2, lines=5).err.count('No space left') == 4
+    said = run('train.py', *TINY, code=2).err.splitlines()
+    assert len(said) == 5 and all('space left' in line for line in said[:4])
     assert parsed('out/last.safetensors')[0]['step'] == 0
 
 
-def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, at_call):
+def test_a_full_disk_leaves_the_old_data_set_whole(refused, papers, at_call):
     before = held('data/mine')
     at_call(os, 'fsync', [2], disk_full)
     write_papers(a=9)
-    run(*PREPARE, code=2)
+    refused(*PREPARE)
     assert held('data/mine') == before
 
 
@@ -1221,7 +1230,7 @@ def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
 
 
 @pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
-def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, stop, interval):
+def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop, interval):
     """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
     def poison(optimizer, *_):
         optimizer.model.token.weight.data.fill_(math.nan)
@@ -1229,20 +1238,20 @@ def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, stop, inter
             interrupt()
 
     at_call(gpt.Optimizer, 'step', [3], poison)
-    result = run('train.py', *TINY, f'--eval_interval={interval}', code=2)
-    assert 'step 3' in result.err and 'rate' in result.err
+    said = refused('train.py', *TINY, f'--eval_interval={interval}')
+    assert 'step 3' in said and 'rate' in said
     for name in 'ckpt', 'last':
         gpt.load(f'out/{name}.safetensors')  # which refuses what is not finite
 
 
-def test_a_second_run_in_the_same_folder_stops(base, run):
+def test_a_second_run_in_the_same_folder_stops(base, run, refused):
     """The lock is the system's: it goes with the process, however that ends."""
     before = Path('out/last.safetensors').read_bytes()
     long = '--init_from=resume', '--max_iters=1000000', '--eval_interval=1000000'
     other = subprocess.Popen([sys.executable, HERE / 'train.py', *long], stdout=subprocess.PIPE)
     other.stdout.readline()  # it is at work
     for how in TINY, long:
-        assert 'at work' in run('train.py', *how, code=2).err
+        assert 'at work' in refused('train.py', *how)
     assert Path('out/last.safetensors').read_bytes() == before
     other.kill()
     other.communicate()
@@ -1322,23 +1331,23 @@ DOUBLING = [[97, 97]] + [[256 + i, 256 + i] for i in range(43)]  # a token of 2^
     'config/block_size="x"', 'config/position="left"', 'config/colour=1', 'config/n_layer=0',
     'config/n_embd=8', 'config/mlp_dim=32', 'tokenizer/kind="no"', 'tokenizer/learned=[[97, 98]]',
     'tokenizer/learned="x"', f'tokenizer/learned={DOUBLING}'])
-def test_a_hostile_checkpoint_is_refused_by_every_script(base, run, row):
+def test_a_hostile_checkpoint_is_refused_by_every_script(base, refused, row):
     spoil(row)
     for script, *how in (('sample.py',), ('train.py', '--init_from=resume'),
                          ('train.py', *TINY, '--init_from=out/ckpt.safetensors', '--out_dir=new'),
                          ('prepare.py', '--source=mine', '--tokenizer_from=out/ckpt.safetensors')):
-        assert 'no checkpoint' in run(script, *how, code=2).err
+        assert 'no checkpoint' in refused(script, *how)
 
 
-def test_a_state_that_lacks_something_is_not_resumed(base, run):
+def test_a_state_that_lacks_something_is_not_resumed(base, refused):
     spoil('state={}')
-    assert 'resumed' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
+    assert 'resumed' in refused('train.py', '--init_from=resume', '--max_iters=9')
 
 
 NO_JSON = b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))
 
 
-def test_a_damaged_checkpoint_is_refused(base, run):
+def test_a_damaged_checkpoint_is_refused(base, refused):
     """Too short, too long, numbers that are none or not where they should be, no header."""
     path = Path('out/ckpt.safetensors')
     data = path.read_bytes()
@@ -1349,27 +1358,27 @@ def test_a_damaged_checkpoint_is_refused(base, run):
             data.replace(b'[300, 16]', b'[16, 300]'),
             *NO_JSON, *(struct.pack('<Q', len(header)) + header for header in NO_JSON)):
         path.write_bytes(damaged)
-        assert 'no checkpoint' in run('sample.py', code=2).err
+        assert 'no checkpoint' in refused('sample.py')
 
 
 @pytest.mark.parametrize('row', [
     'tokenizer="x"', 'tokenizer/kind="no"', f'tokenizer/learned={DOUBLING}', 'val=[]', 'train={}',
     'tokenizer={"kind": "char", "learned": ["a", "a"]}', 'yardsticks={}'])
-def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
+def test_a_meta_json_that_is_damaged_is_refused(papers, refused, row):
     path = Path('data/mine/meta.json')
     meta = json.loads(path.read_text())
     change(meta, row)
     path.write_text(json.dumps(meta))
-    assert 'prepare.py' in run('train.py', *TINY, code=2).err
+    assert 'prepare.py' in refused('train.py', *TINY)
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
-def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
+def test_a_data_set_that_is_not_whole_is_refused(papers, refused, name):
     """A file of it is too short, or gone."""
     path = Path('data/mine', name)
     for damage in path.unlink, lambda: path.write_bytes(99 * b'x'):
         damage()
-        assert 'prepare.py' in run('train.py', *TINY, code=2).err
+        assert 'prepare.py' in refused('train.py', *TINY)
 
 
 # ------------------------------------------------------------------------------ more than one
