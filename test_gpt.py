@@ -416,9 +416,9 @@ def test_the_data_set_is_described_and_split(run, papers):
     cut = int(0.9 * len(result.text))
     parts = dict(train=result.text[:cut], val=result.text[cut:])
     for name, part in parts.items():
-        data = Path(f'data/mine/{name}.bin').read_bytes()
-        ids = struct.unpack(f'<{meta[name]["tokens"]}H', data)
-        assert result.tokens.decode(ids) == part and meta[name]['characters'] == len(part)
+        ids = array('H', Path(f'data/mine/{name}.bin').read_bytes())
+        assert result.tokens.decode(ids) == part
+        assert (meta[name]['tokens'], meta[name]['characters']) == (len(ids), len(part))
     assert f'{len({*result.text})} different' in result.out and '--init_from=' in result.out
 
 
@@ -804,7 +804,7 @@ def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers
 def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     """Evenly spaced ones, at least 2^14 tokens of them where there are as many."""
     (papers / 'a.tex').write_text(corpus(5, 4000))
-    run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char', '--val_fraction=0.4')
+    run(*PREPARE, '--tokenizer=char', '--val_fraction=0.4')
     result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--batch_size=1')
     assert [row['step'] for row in result.log] == [*range(0, 41, 2)]
     starts, every = result.few_starts, result.every_start
@@ -838,12 +838,19 @@ def test_finetuning_goes_on_from_what_was_learned(run, refused, papers):
     assert f'--tokenizer_from={base}' in said
 
 
+def newest(folder):
+    """What is saved with the newest state of a run."""
+    model, _, saved = gpt.load(f'{folder}/last.safetensors')
+    return dict(saved, weights=model.state_dict())
+
+
 def same_walk(one, other):
-    """Two newest states are the same, bit for bit, but for the seconds."""
-    (saved, tensors), (others, their_tensors) = parsed(one), parsed(other)
-    assert tensors == their_tensors
-    for a, b in zip(saved['log'], others['log']):
-        assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
+    """The newest states of two runs are the same, bit for bit, but for the seconds."""
+    a, b = newest(one), newest(other)
+    for part in 'weights', 'state':
+        assert_close(a[part], b[part], atol=0, rtol=0)
+    for row, its in zip(a['log'], b['log']):
+        assert {**row, 'seconds': 0} == {**its, 'seconds': 0}
 
 
 @pytest.mark.parametrize('kind, extra', [
@@ -858,7 +865,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, at_call, kind,
     for where in 'resumed at step 4', 'resumed at step 6':
         resumed = run('train.py', '--init_from=resume').out
         assert where in resumed and 'finished' in resumed
-        same_walk('out/last.safetensors', 'whole/last.safetensors')
+        same_walk('out', 'whole')
 
 
 def test_a_resumed_run_has_its_own_settings_to_its_end(run, refused, papers):
@@ -877,7 +884,7 @@ def test_nothing_trained_is_overwritten(base, run, refused):
     refused('train.py', '--dataset=nowhere')  # not by one that can't begin
     assert 'out.1' in run('train.py', *TINY).out
     assert Path('out.1/ckpt.safetensors').read_bytes() == before
-    rows = parsed('out.1/last.safetensors')[0]['log']
+    rows = newest('out.1')['log']
     assert numbers('out/run.html')['aside'] == dict(title='out.1', rows=rows)
 
 
@@ -1205,14 +1212,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, papers, at_call):
     at_call(os, 'fsync', [5], disk_full)
     result = run('train.py', *TINY, '--eval_interval=1')
     assert result.err.count('No space left on device') == 1
-    assert parsed('out/last.safetensors')[0]['step'] == 6
+    assert newest('out')['step'] == 6
 
 
 def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, at_call):
     at_call(os, 'fsync', range(3, 99), disk_full)  # both checkpoints are written by then
     said = run('train.py', *TINY, code=2).err.splitlines()
     assert len(said) == 5 and all('space left' in line for line in said[:4])
-    assert parsed('out/last.safetensors')[0]['step'] == 0
+    assert newest('out')['step'] == 0
 
 
 def test_a_full_disk_leaves_the_old_data_set_whole(refused, papers, at_call):
@@ -1226,7 +1233,7 @@ def test_a_full_disk_leaves_the_old_data_set_whole(refused, papers, at_call):
 def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
     at_call(gpt.Optimizer, 'step', [4], lambda *_: shutil.rmtree('out'))
     run('train.py', *TINY)
-    assert parsed('out/last.safetensors')[0]['step'] == 6
+    assert newest('out')['step'] == 6
 
 
 @pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
@@ -1264,44 +1271,29 @@ def test_killed_between_two_renames_a_resumed_run_ends_the_same(base, run, at_ca
     at_call(os, 'replace', [call], lambda *_: sys.exit(9))
     run('train.py', *TINY, '--out_dir=cut', code=9)
     run('train.py', '--init_from=resume', '--out_dir=cut')
-    same_walk('cut/last.safetensors', 'out/last.safetensors')
+    same_walk('cut', 'out')
     assert Path('cut/log.csv').read_text().count('\n') == 5  # a heading, three rows, the result
 
 
 # ------------------------------------------------------------------------------ checkpoints
 
-def parsed(path):
-    """What was saved in a checkpoint, and numbers by name, by the format's description."""
-    data = Path(path).read_bytes()
-    size, = struct.unpack('<Q', data[:8])
-    header, numbers = json.loads(data[8:8 + size]), data[8 + size:]
-    saved = {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
-    tensors = {}
-    for name, entry in header.items():
-        assert entry['dtype'] == 'F32'
-        begin, end = entry['data_offsets']
-        tensors[name] = array('f', numbers[begin:end]).tolist()
-    return saved, tensors
-
-
-def test_a_checkpoint_is_a_safetensors_file(tmp_path):
-    """Read by a parser of the format's description; a tied table stands there once."""
-    path, idx = tmp_path / 'x', torch.tensor([[1, 2, 3]])
-    model, tokenizer = small(tied=True), CharTokenizer.learn('abcdefghij')
-    gpt.save(path, model, tokenizer, step=3, state={'mean.x': torch.ones(2)})
-    saved, tensors = parsed(path)
-    flat = {name: w.flatten().tolist() for name, w in model.named_parameters()}
-    assert saved['step'] == 3 and tensors == {**flat, 'mean.x': [1, 1]}
-    again, _, _ = gpt.load(path)
-    assert torch.equal(again(idx), model(idx))
-
-
-def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
-    """With json and struct alone."""
+def test_a_checkpoint_is_a_safetensors_file(run):
+    """Read by the lines in save's docstring, with json and struct alone; a tied table stands there
+    once. And load reads it."""
+    (model, tokenizer), state = checkpoint(tied=True), {'mean.x': torch.ones(2, 5)}
+    gpt.save('out/ckpt.safetensors', model, tokenizer, state, step=3)
+    tensors = dict(model.named_parameters(), **state)
     _, code = gpt.save.__doc__.split('by hand:')
-    names = dict(struct=struct, json=json)
-    exec(textwrap.dedent(code), names)
-    assert [*names['numbers']] == parsed('out/ckpt.safetensors')[1]['token.weight']
+    for name, w in tensors.items():
+        read = dict(json=json, struct=struct)
+        exec(textwrap.dedent(code).replace('token.weight', name), read)
+        header, numbers = read['header'], torch.tensor(read['numbers'])
+        assert torch.equal(numbers.view(w.shape), w)
+        assert header[name]['dtype'] == 'F32' and header[name]['shape'] == [*w.shape]
+    assert header['__metadata__']['step'] == '3' and len(header) == len(tensors) + 1
+    again, _, _ = gpt.load('out/ckpt.safetensors')
+    idx = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(idx), model(idx))
 
 
 def change(data, row):
@@ -1333,10 +1325,12 @@ DOUBLING = [[97, 97]] + [[256 + i, 256 + i] for i in range(43)]  # a token of 2^
     'tokenizer/learned="x"', f'tokenizer/learned={DOUBLING}'])
 def test_a_hostile_checkpoint_is_refused_by_every_script(base, refused, row):
     spoil(row)
-    for script, *how in (('sample.py',), ('train.py', '--init_from=resume'),
-                         ('train.py', *TINY, '--init_from=out/ckpt.safetensors', '--out_dir=new'),
-                         ('prepare.py', '--source=mine', '--tokenizer_from=out/ckpt.safetensors')):
-        assert 'no checkpoint' in refused(script, *how)
+    for command in (
+            'sample.py',
+            'train.py --init_from=resume',
+            'train.py --init_from=out/ckpt.safetensors --dataset=mine --out_dir=new',
+            'prepare.py --tokenizer_from=out/ckpt.safetensors --source=mine'):
+        assert 'no checkpoint' in refused(*command.split())
 
 
 def test_a_state_that_lacks_something_is_not_resumed(base, refused):
@@ -1392,7 +1386,7 @@ def test_two_processes_walk_the_path_of_one(run, papers):
     one = run('train.py', *how)
     out = spawn('train.py', *how, '--out_dir=two', launcher=TORCHRUN)
     assert out.count('parameters') == 1  # one of them speaks
-    for a, b in zip(one.log, parsed('two/last.safetensors')[0]['log']):
+    for a, b in zip(one.log, newest('two')['log']):
         assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-4)
     assert 'finished' in run('train.py', '--init_from=resume', '--out_dir=two').out
 
@@ -1412,7 +1406,7 @@ def torture_kill(n=100):
         how = ['--init_from=resume'] if os.path.exists(last) else settings
         try:
             spawn('train.py', *how, timeout=chance.uniform(0.2, 0.5) * most)
-            same_walk(last, 'whole/last.safetensors')
+            same_walk('out', 'whole')
             shutil.rmtree('out')
         except subprocess.TimeoutExpired:
             kills += 1
