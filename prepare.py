@@ -19,11 +19,10 @@ import tempfile
 import zipfile
 from array import array
 from collections import Counter, defaultdict
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from math import log2
 from pathlib import Path
-from types import SimpleNamespace
 
 from gpt import MAX_VOCAB, TOKENIZERS, UNKNOWN, fail, load, override, quiet, write
 from arxiv_latex_cleaner.arxiv_latex_cleaner import run_arxiv_cleaner
@@ -41,32 +40,21 @@ config = override(globals(), tokenizer=[*TOKENIZERS], vocab_size=(257, MAX_VOCAB
                   val_fraction=(0.001, 0.9))
 quiet()
 
-MEMBER = 2**26  # the most bytes that one file may have
-WHOLE = 2**30  # the most bytes that one archive may unpack to
+LARGEST = 2**30  # the most bytes that are read of one file, all that is packed in it included
 SMALL = 500_000  # with fewer characters than this one had better finetune
 
 sources = []  # what became of each file that might be LaTeX
 others = Counter()  # the endings of all other files
 macros = {}  # the definitions that the papers make
-scratch = tempfile.TemporaryDirectory()  # where the cleaner works; it goes when the script ends
 
 
-def show(name):
-    """A file's name on one line, whatever is in it."""
-    return repr(name)[1:-1]
-
-
-def progress(message):
-    if sys.stdout.isatty():
-        print(message, end='\r', flush=True)
-
-
-def note(path, why='', before=0, after=0):
+def note(path, why, before=0, after=0):
     """Keep what became of a file: cleaned, stripped (the cleaner failed) or skipped, and why."""
     status = 'skipped' if after == 0 else 'stripped' if why else 'cleaned'
-    sources.append(dict(path=show(path), status=status, characters_before=before,
-                        characters_after=after, why=why))
-    progress(f'{len(sources)} files')
+    sources.append(dict(path=repr(path)[1:-1],  # on one line, whatever is in a name
+                        status=status, characters_before=before, characters_after=after, why=why))
+    if sys.stdout.isatty():
+        print(f'{len(sources)} files', end='\r')
 
 
 # ------------------------------------------------------------------------------------- finding it
@@ -74,9 +62,9 @@ def note(path, why='', before=0, after=0):
 # LaTeX, an archive, or what arXiv hands out: a number for a name, or a name without an ending.
 WANTED = re.compile(r'(?is).*\.(tex|ltx|latex|zip|tar|t?gz|t?bz2?|t?xz|rar|7z|zst|z)'
                     r'|[\d.]+(v\d+)?|[^.]*')
-TEX = '.tex', '.ltx', '.latex'
+TEX = re.compile(r'(?i)\.(tex|ltx|latex)(\.(gz|bz2|xz))?$')
 LATEX = re.compile(rb'\\(document(class|style)|begin *\{|input\b|def *\\|(sub)*section|chapter)')
-PACKED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
+COMPRESSED = {b'\x1f\x8b\x08': gzip.open, b'BZh': bz2.open, b'\xfd7z': lzma.open}
 
 
 def files(top):
@@ -96,82 +84,72 @@ def files(top):
 
 def take(file):
     """All that is in an open file, where that is not too much."""
-    global left  # how many more bytes the source may unpack to
+    global left  # how many more bytes may be read
     data = bytearray()
     while part := file.read(2**16):
         data += part
         left -= len(part)
-        assert len(data) <= MEMBER and left >= 0, f'larger than {MEMBER >> 20} MB'
-    return bytes(data)
+        assert left >= 0, f'larger than {LARGEST >> 30} GB'
+    return data
 
 
-def at_most(limit, function):
-    """The same function of a size. A size that only a damaged file can ask for is an error."""
-    def limited(n):
-        assert n <= limit, 'what it says of its size is too much'
-        return function(n)
-    return limited
-
-
-def members(path, file):
-    """Yield (path, how to open it) of each file that is packed in an open file. Its first bytes
+def packed(path, file):
+    """Yield (path, how to open it) of each file that is packed in an open one. Its first bytes
     say whether there are any, not its name. Nothing is written."""
     head = file.read(3)
     file.seek(0)
+    if head in COMPRESSED:
+        yield path, partial(COMPRESSED[head], file)  # one file, perhaps a tar
+        return
     if head in (b'PK\3', b'PK\5'):
         archive = zipfile.ZipFile(file)
         for member in archive.infolist():
             name = f'{path}/{member.filename}'
-            if member.compress_type > zipfile.ZIP_DEFLATED:
+            if member.compress_type > zipfile.ZIP_DEFLATED:  # would unpack all at once
                 note(name, 'neither stored nor deflated')
             elif not member.is_dir():
                 yield name, partial(archive.open, member)
         return
-    if head in PACKED:
-        file = PACKED[head](file)
-        path += '/' + re.sub(r'\.(gz|bz2|xz)$', '', os.path.basename(path))
     try:
-        capped = SimpleNamespace(tell=file.tell, seek=at_most(WHOLE, file.seek),
-                                 read=at_most(2**20, file.read))
-        archive = tarfile.open(fileobj=capped, mode='r:')
+        archive = tarfile.open(fileobj=file, mode='r:')
     except tarfile.ReadError:
-        file.seek(0)
-        yield path, lambda: file
         return
     for member in archive:
         if member.isfile():
             yield f'{path}/{member.name}', partial(archive.extractfile, member)
 
 
-def unpack(path, opened, depth=0):
-    """Yield (path, bytes) of the LaTeX in a file, however it is packed. What gives none is noted
-    or, where nobody would expect any, counted."""
+def unpack(path, opener, depth=0):
+    """Yield (path, bytes) of the LaTeX in a file, however it is packed. A file that is none is
+    noted or, if its name promises none, counted."""
     base = os.path.basename(path)
     if not WANTED.fullmatch(base) and path != source:
-        others[os.path.splitext(base)[1].lower()] += 1
+        others[base[base.rindex('.'):].lower()] += 1
         return
-    noted = len(sources)
     try:
         assert depth < 6, 'archives within archives within archives'
-        with opened() as file:
-            if depth:
+        with opener() as file:
+            if depth:  # what is packed is read in memory
                 file = io.BytesIO(take(file))
-            for name, inside in members(path, file):
-                if name != path:
-                    yield from unpack(name, inside, depth + 1)
-                elif LATEX.search(data := take(file)) or base.lower().endswith(TEX):
+            members = list(packed(path, file))
+            for name, how in members:
+                yield from unpack(name, how, depth + 1)
+            if not members:
+                file.seek(0)
+                data = take(file)
+                if LATEX.search(data) or TEX.search(path):
                     yield path, data
+                else:
+                    note(path, 'no LaTeX in it')
     except Exception as error:  # whatever a damaged file may cause
         note(path, str(error) or type(error).__name__)
-    if len(sources) == noted:
-        note(path, 'no LaTeX in it')
 
 
 def documents():
     """Yield (path, bytes) of every LaTeX file of the source."""
     global left
     for path in files(source) if os.path.isdir(source) else [source]:
-        left = WHOLE
+        left = LARGEST
         yield from unpack(path, partial(open, path, 'rb'))
 
 
@@ -217,16 +195,15 @@ def decode(data):
 # Read from left to right, each of these is taken as a whole, as TeX does.
 VERBATIM = re.compile(r"""(?xs)
     \\[\\%]                                             # a pair: no comment begins here
-  | % [^\n]*                                            # a comment
-  | \\begin\{comment\} .*? \\end\{comment\}             # another
+  | (?P<comment> % [^\n]* | \\begin\{comment\} .*? \\end\{comment\} )
   | \\begin\{ ((?:[A-Z][a-z]*|sp)?[vV]erbatim\*?|(?:lstlisting|minted|alltt|filecontents)\*?) \}
-    (?: (?!\\begin\{\1\}) . )*? \\end\{\1\}             # a listing, if it is ever closed
+    (?: (?!\\begin\{\2\}) . )*? \\end\{\2\}             # a listing, if it is ever closed
   | \\(?: (?:verb|Verb|lstinline)\*? (?:\[[^][\n]*\])?    # a listing within a line
         | mint(?:inline)? (?:\[[^][\n]*\])? \{\w+\} )
-    (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \2 )
+    (?: \{ (?:[^{}\n]|\{[^{}\n]*\})* \} | ([^\w\s*]) [^\n]*? \3 )
   | \\(?:url|href|nolinkurl|burl|path|doi)\*? [ ]? (?:\[[^][\n]*\])?
     \{ (?:[^{}\n]|\{[^{}\n]*\})* \}                     # an address
-  | \\url ([^\w\s*{]) [^\n]*? \3
+  | \\url ([^\w\s*{]) [^\n]*? \4
 """)
 HIDE = str.maketrans('\\%', '\ufdd0\ufdd1')  # these two are in no text
 SHOW = str.maketrans('\ufdd0\ufdd1', '\\%')
@@ -249,8 +226,7 @@ def uncomment(text):
     """Hide what is verbatim, and take out comments: as TeX does, with the end of their line and
     the indentation of the next; but a paragraph's end stays, and so does a control word's."""
     def hide(match):
-        comment = match[0].startswith(('%', r'\begin{comment}'))
-        return '%' if comment else match[0].translate(HIDE)
+        return '%' if match['comment'] else match[0].translate(HIDE)
 
     text = VERBATIM.sub(hide, text)
     text = re.sub(r'(?m)^[ \t]*%\n', '', text)
@@ -267,7 +243,8 @@ def clean(text):
     """What TeX prints of a file; and why arxiv-latex-cleaner failed if it did. Then it is enough
     that comments are gone."""
     text = collapse(uncomment(text))
-    macros.update((match[1], match[0].translate(SHOW)) for match in MACRO.finditer(text))
+    for macro in MACRO.finditer(text):
+        macros[macro[1]] = macro[0].translate(SHOW)
     parts = CUT.split(text)
     begun = [part[begin.start():] for part in parts if (begin := BEGIN.search(part))]
     parts = begun or parts[:1]
@@ -282,12 +259,12 @@ def clean(text):
 
 def run_cleaner(text):
     """The cleaner's public function, all its options off, on one file in a folder by itself."""
-    paper = Path(scratch.name, 'in', 'paper.tex')
-    paper.parent.mkdir(exist_ok=True)
-    paper.write_text(text, encoding='utf-8')
-    with redirect_stderr(io.StringIO()):
-        run_arxiv_cleaner(defaultdict(list, input_folder=str(paper.parent)))
-    return Path(scratch.name, 'in_arXiv', 'paper.tex').read_text(encoding='utf-8')
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        paper = Path(folder, 'in/paper.tex')
+        paper.parent.mkdir()
+        paper.write_text(text, encoding='utf-8')
+        run_arxiv_cleaner(defaultdict(list, input_folder=f'{folder}/in'))
+        return Path(folder, 'in_arXiv/paper.tex').read_text(encoding='utf-8')
 
 
 def without_repeats(text):
@@ -315,7 +292,7 @@ def only_new(val, train):
 
     def new(paragraph):
         found = [run in known for run in runs(paragraph)]
-        return sum(found) <= len(found) / 2
+        return found.count(True) <= found.count(False)
 
     return '\n\n'.join(filter(new, val.split('\n\n')))
 
@@ -325,7 +302,8 @@ def only_new(val, train):
 def yardsticks(train, val, V):
     """Bits that val takes under three models, counted on train with one added to each count:
     p(b) = 1 / V,   p(b) = (n_b + 1) / (N + V),   p(b | a) = (n_ab + 1) / (n_a + V)."""
-    n, n_pair, N = Counter(train), Counter(zip(train, train[1:])), len(train)
+    n, N = Counter(train), len(train)
+    n_pair = Counter(zip(train, train[1:]))
     p = {'uniform': [1 / V] * len(val),
          'unigram': [(n[b] + 1) / (N + V) for b in val],
          'bigram': [(n_pair[a, b] + 1) / (n[a] + V)
@@ -336,53 +314,44 @@ def yardsticks(train, val, V):
 def xz(train, val):
     """Bits that xz needs for the text val after the last 4 MB of the text train."""
     known = train.encode()[-2**22:]
-    alone, both = (len(lzma.compress(data)) for data in (known, known + val.encode()))
-    return 8 * (both - alone)
+    both = lzma.compress(known + val.encode())
+    return 8 * (len(both) - len(lzma.compress(known)))
 
 
 # ------------------------------------------------------------------------------------ the data set
 
-PARTS = {'train.bin', 'val.bin', 'meta.json'}
-folder = os.path.join(data_dir, dataset)
-place = os.path.realpath(folder)
-new, old = f'{place}.tmp', f'{place}.old'
-
-
-@contextmanager
-def writing():
-    """What may go wrong when one writes: a disk is full, a folder belongs to somebody else."""
-    try:
-        yield
-    except OSError as error:
-        fail(f'{show(folder)}: {error.strerror}; --data_dir=FOLDER writes elsewhere')
+PARTS = 'train.bin', 'val.bin', 'meta.json'
+folder = Path(data_dir, dataset)
+place = folder.resolve()
+new, old = Path(f'{place}.tmp'), Path(f'{place}.old')
 
 
 def put_right():
     """Undo what a swap left that was cut short, if nothing is in the way but data sets."""
-    for path in place, new, old:
-        if os.path.exists(path) and not PARTS.issuperset(os.listdir(path)):
-            fail(f'{show(path)} holds more than a data set; --dataset=NAME takes another name')
-    if os.path.exists(old) and not os.path.exists(place):
-        os.rename(old, place)
+    for path in filter(Path.exists, [place, new, old]):
+        for file in path.iterdir():
+            if file.name.removesuffix('.tmp') not in PARTS:
+                fail(f'{path} holds more than a data set; --dataset=NAME takes another name')
+    if old.exists() and not place.exists():
+        old.rename(place)
     for path in old, new:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def swap_in(parts):
+def swap_in(*parts):
     """Write a new folder beside the old one, and let it take its place."""
-    os.makedirs(new)
-    for name, data in parts.items():
-        write(os.path.join(new, name), data)
-    if os.path.exists(place):
-        os.rename(place, old)
-    os.rename(new, place)
+    new.mkdir(parents=True)
+    for name, data in zip(PARTS, parts):
+        write(new / name, data)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
     put_right()
 
 
 # -------------------------------------------------------------------------------------- the script
 
-with writing():
-    put_right()
+put_right()
 
 papers, encodings = [], Counter()
 for path, data in documents():
@@ -398,12 +367,13 @@ for path, data in documents():
         encodings[encoding] += 1
 if not papers:
     why = f' ({sources[0]["path"]}: {sources[0]["why"]})' if sources else ''
-    fail(f'--source={show(source)}: no LaTeX found{why}')
+    fail(f'--source={source}: no LaTeX found{why}')
 
 papers.sort(key=lambda paper: hashlib.sha256(paper.encode()).digest())
 text = without_repeats('\n\n'.join(papers))
 cut = int(len(text) * (1 - val_fraction))
-train, val = text[:cut], only_new(text[cut:], text[:cut])
+train = text[:cut]
+val = only_new(text[cut:], train)
 left_out = len(text) - len(train + val)
 text = train + val
 
@@ -415,37 +385,28 @@ else:
     tokens = TOKENIZERS[tokenizer].learn(train, size)
 V = len(tokens.tokens)
 
-meta, ids = {}, {}
+ids, meta = {}, {}
 for name, part in ('train', train), ('val', val):
-    ids[name] = array('H')
-    for piece in re.findall(r'(?s).{1,65536}.*?(?=\n\n|\Z)', part):  # no token is cut there
-        ids[name].extend(tokens.encode(piece))
-        progress(f'encoding {name}: {len(ids[name]):,} tokens')
-    meta[name] = dict(characters=len(part), bytes=len(part.encode()), tokens=len(ids[name]))
+    ids[name] = array('H', tokens.encode(part))
+    meta[name] = dict(characters=len(part), bytes=len(part.encode()),
+                      tokens=len(ids[name]))
     if len(ids[name]) < 3:
         fail(f'the {name} part has {len(ids[name])} tokens of {len(text)} characters in all; '
              f'{left_out} were left out of the validation part, since they stand in the training '
              'part; more papers are needed, or another --val_fraction')
 
 bits = dict(yardsticks(ids['train'], ids['val'], V), xz=xz(train, val))
-meta['tokenizer'] = dict(kind=tokens.kind, learned=tokens.learned)
-meta['yardsticks'] = {name: bits[name] / len(val) for name in bits}
-meta.update(vocab_size=V, left_out=left_out, macros=[*macros.values()], sources=sources)
-with writing():
-    swap_in({'train.bin': ids['train'], 'val.bin': ids['val'],
-             'meta.json': json.dumps(meta).encode()})
+meta.update(vocab_size=V, left_out=left_out, macros=[*macros.values()], sources=sources,
+            tokenizer=dict(kind=tokens.kind, learned=tokens.learned),
+            yardsticks={name: bits[name] / len(val) for name in bits})
+swap_in(ids['train'], ids['val'], json.dumps(meta).encode())
 
 amiss = [row for row in sources if row['status'] != 'cleaned']
 for row in amiss[:20]:
     print(f'  {row["status"]}: {row["path"]} ({row["why"]})')
-if len(amiss) > 20:
-    print(f'  and {len(amiss) - 20} more, all in {show(folder)}/meta.json')
 every = ids['train'] + ids['val']
-base = show(tokenizer_from) or 'out/ckpt.safetensors'
-next_line = f'python train.py --dataset={show(dataset)} --out_dir=out-{show(dataset)}'
-if tokenizer_from:
-    next_line += f' --init_from={base}'
-print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped
+print(f"""read         {len(papers)} files, {len(sources) - len(papers)} skipped; \
+{folder}/meta.json lists them all
 not LaTeX: {', '.join(f'{n} {ending}' for ending, n in others.most_common()) or 'no others'}
 encodings    {', '.join(f'{n} in {name}' for name, n in encodings.most_common())}
 characters   {sum(row['characters_before'] for row in sources):,}, cleaned {len(text):,}; \
@@ -459,8 +420,17 @@ unknown      {every.count(tokens.ids.get(UNKNOWN, MAX_VOCAB)):,} of the tokens
 split        {len(ids['train']):,} to train, {len(ids['val']):,} to validate
 yardsticks   {', '.join(f'{name} {bits:.3f}' for name, bits in meta['yardsticks'].items())} \
 bits per character""")
-if len(text) < SMALL and not tokenizer_from:
+
+named = f'--dataset={dataset}'
+if data_dir != 'data':
+    named += f' --data_dir={data_dir}'
+next_line = f'python train.py {named} --out_dir=out-{dataset}'
+if tokenizer_from:
+    next_line += f' --init_from={tokenizer_from}'
+elif len(text) < SMALL:
     print(f"""small        too little to learn a language from, but enough to finetune a model:
-    python prepare.py --source={show(source)} --dataset={show(dataset)} --tokenizer_from={base}
-    {next_line} --init_from={base}""")
-print(f'written      {show(folder)}; next: {next_line}')
+    python prepare.py --source={source} {named} --tokenizer_from=out/ckpt.safetensors
+    {next_line} --init_from=out/ckpt.safetensors""")
+elif named == '--dataset=papers':
+    next_line = 'python train.py'  # that is its default
+print(f'written      {folder}; next: {next_line}')

@@ -342,14 +342,14 @@ def test_nothing_is_written_where_an_archive_says(run, papers):
     with zipfile.ZipFile('mine/x.zip', 'w') as archive:
         for name in '../../up.tex', os.path.abspath('abs.tex'):
             archive.writestr(name, corpus(3) + name)
-    Path('mine/bomb.gz').write_bytes(gzip.compress(b'x' * 2**27, 1))
+    Path('mine/bomb.gz').write_bytes(65 * gzip.compress(b'x' * 2**24, 1))
     for kind in b'1236xL':  # links, devices, and names that are said to be long
         member = tarfile.TarInfo('a.tex')
         member.type, member.linkname, member.size = bytes([kind]), '/etc/passwd', 2**32
         Path(f'mine/{kind}.tar').write_bytes(member.tobuf())
     result = run(*PREPARE)
     assert 'root:' not in result.text and sorted(os.listdir()) == ['data', 'mine']
-    for said in '4 files, 7 skipped', 'larger than 64 MB', 'what it says of its size':
+    for said in '4 files, 7 skipped', 'bomb.gz (larger than 1 GB)':
         assert said in result.out
 
 
@@ -405,6 +405,7 @@ def test_the_papers_that_come_along_come_back(run):
     assert {row['status'] for row in result.sources} == {'cleaned'}
     assert len(result.text) > 500_000 and '%' not in result.text.replace('\\%', '')
     assert result.tokens.decode(result.every) == result.text
+    assert result.out.endswith('next: python train.py\n')
 
 
 # ------------------------------------------------------------------------------ data and batches
@@ -1228,6 +1229,8 @@ def test_a_full_disk_leaves_the_old_data_set_whole(refused, papers, at_call):
     write_papers(a=9)
     refused(*PREPARE)
     assert held('data/mine') == before
+    run(*PREPARE)  # which finds what the first has left
+    assert held('data/mine') != before and os.listdir('data') == ['mine']
 
 
 def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
