@@ -1223,7 +1223,7 @@ def test_a_full_disk_at_the_end_is_said_and_leaves_what_was(run, papers, at_call
     assert newest('out')['step'] == 0
 
 
-def test_a_full_disk_leaves_the_old_data_set_whole(refused, papers, at_call):
+def test_a_full_disk_leaves_the_old_data_set_whole(run, refused, papers, at_call):
     before = held('data/mine')
     at_call(os, 'fsync', [2], disk_full)
     write_papers(a=9)
