@@ -1260,11 +1260,13 @@ def test_a_second_run_in_the_same_folder_stops(base, run, refused):
     long = '--init_from=resume', '--max_iters=1000000', '--eval_interval=1000000'
     other = subprocess.Popen([sys.executable, HERE / 'train.py', *long], stdout=subprocess.PIPE)
     other.stdout.readline()  # it is at work
-    for how in TINY, long:
-        assert 'at work' in refused('train.py', *how)
+    try:
+        for how in TINY, long:
+            assert 'at work' in refused('train.py', *how)
+    finally:
+        other.kill()
+        other.communicate()
     assert Path('out/last.safetensors').read_bytes() == before
-    other.kill()
-    other.communicate()
     run('train.py', *TINY)
 
 
