@@ -86,7 +86,7 @@ def run(tmp_path, monkeypatch, capsys):
     gc.collect()
     gc.freeze()  # so that it takes no time to collect what a script leaves behind
 
-    def run(script, *arguments, code=0, lines=1):
+    def run(script, *arguments, code=0):
         monkeypatch.setattr(sys, 'argv', [script, *arguments])
         gc.collect()
         names, ended = {}, 0
@@ -105,11 +105,19 @@ def run(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert ended == code, err or out
         assert 'Traceback' not in err
-        if code == 2:
-            assert len(err.strip().splitlines()) == lines, err
         return SimpleNamespace(out=out, err=err, **names)
 
     return run
+
+
+@pytest.fixture
+def refused(run):
+    """What a script says that can't do what a user wants: one line, and the exit code is 2."""
+    def refused(*command):
+        said = run(*command, code=2).err
+        assert len(said.splitlines()) == 1, said
+        return said
+    return refused
 
 
 @pytest.fixture
@@ -409,9 +417,9 @@ def test_the_data_set_is_described_and_split(run, papers):
     cut = int(0.9 * len(result.text))
     parts = dict(train=result.text[:cut], val=result.text[cut:])
     for name, part in parts.items():
-        data = Path(f'data/mine/{name}.bin').read_bytes()
-        ids = struct.unpack(f'<{meta[name]["tokens"]}H', data)
-        assert result.tokens.decode(ids) == part and meta[name]['characters'] == len(part)
+        ids = array('H', Path(f'data/mine/{name}.bin').read_bytes())
+        assert result.tokens.decode(ids) == part
+        assert (meta[name]['tokens'], meta[name]['characters']) == (len(ids), len(part))
     assert f'{len({*result.text})} different' in result.out and '--init_from=' in result.out
 
 
@@ -452,21 +460,21 @@ def test_the_yardsticks_by_hand(run, papers):
     assert stick == pytest.approx(8 * n)
 
 
-def test_a_swap_cut_short_is_put_right(run, papers):
+def test_a_swap_cut_short_is_put_right(refused, papers):
     """Killed between its two renames, or before or after them, it leaves one whole data set."""
     for left, there in ('.old', True), ('.tmp', True), ('.old', False):
         shutil.copytree('data/mine', f'data/mine{left}')
         if not there:
             shutil.rmtree('data/mine')
-        run('prepare.py', '--source=nowhere', '--dataset=mine', code=2)
+        refused('prepare.py', '--source=nowhere', '--dataset=mine')
         assert os.listdir('data') == ['mine'] and len(os.listdir('data/mine')) == 3
 
 
-def test_a_folder_that_holds_anything_else_is_never_replaced(run, papers):
+def test_a_folder_that_holds_anything_else_is_never_replaced(refused, papers):
     """Neither the papers themselves nor what has the name of a half-written data set."""
     os.makedirs('data/x.old/work')
     for name in '../mine', 'x':
-        said = run('prepare.py', '--source=mine', f'--dataset={name}', code=2).err
+        said = refused('prepare.py', '--source=mine', f'--dataset={name}')
         assert 'holds more' in said
     assert os.path.exists('data/x.old/work') and len(os.listdir('mine')) == 2
 
@@ -788,7 +796,7 @@ def test_the_result_is_the_best_weights_on_the_whole_validation_part(run, papers
 def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     """Evenly spaced ones, at least 2^14 tokens of them where there are as many."""
     (papers / 'a.tex').write_text(corpus(5, 4000))
-    run('prepare.py', '--source=mine', '--dataset=mine', '--tokenizer=char', '--val_fraction=0.4')
+    run(*PREPARE, '--tokenizer=char', '--val_fraction=0.4')
     result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--batch_size=1')
     assert [row['step'] for row in result.log] == [*range(0, 41, 2)]
     few, every = result.few_rows, result.every_row  # (n, 17) each
@@ -796,17 +804,17 @@ def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     assert torch.equal(few, every[::few.stride(0) // 16])
 
 
-def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, papers):
+def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, refused, papers):
     """Evaluations take a tenth of it at most; one that's over before a step says so."""
     result = run('train.py', *TINY, '--eval_interval=0', '--max_minutes=0.02', '--warmup_iters=0')
     assert 1.2 <= result.log[-1]['seconds'] < 1.6
     for row in result.log[1:]:
         rate = row['learning_rate'] / result.learning_rate
         assert rate == pytest.approx(max(0, 1 - row['seconds'] / 1.2), abs=0.15)
-    assert 'take more' in run('train.py', *TINY, '--max_minutes=1e-9', code=2).err
+    assert 'take more' in refused('train.py', *TINY, '--max_minutes=1e-9')
 
 
-def test_finetuning_goes_on_from_what_was_learned(run, papers):
+def test_finetuning_goes_on_from_what_was_learned(run, refused, papers):
     """The first loss is a trained model's; another tokenizer is refused."""
     first = run('train.py', *TINY, '--max_iters=60', '--eval_interval=60', '--out_dir=base')
     base = 'base/ckpt.safetensors'
@@ -818,16 +826,23 @@ def test_finetuning_goes_on_from_what_was_learned(run, papers):
     resumed = run('train.py', '--init_from=resume', '--max_iters=9')
     assert resumed.i == 9 and resumed.block_size == resumed.model.config.block_size == 16
     run(*PREPARE, '--vocab_size=290')
-    refused = run('train.py', *TINY, f'--init_from={base}', code=2)
-    assert f'--tokenizer_from={base}' in refused.err
+    said = refused('train.py', *TINY, f'--init_from={base}')
+    assert f'--tokenizer_from={base}' in said
+
+
+def newest(folder):
+    """What is saved with the newest state of a run."""
+    model, _, saved = gpt.load(f'{folder}/last.safetensors')
+    return dict(saved, weights=model.state_dict())
 
 
 def same_walk(one, other):
-    """Two newest states are the same, bit for bit, but for the seconds."""
-    (saved, tensors), (others, their_tensors) = parsed(one), parsed(other)
-    assert tensors == their_tensors
-    for a, b in zip(saved['run']['log'], others['run']['log']):
-        assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
+    """The newest states of two runs are the same, bit for bit, but for the seconds."""
+    a, b = newest(one), newest(other)
+    for part in 'weights', 'state':
+        assert_close(a[part], b[part], atol=0, rtol=0)
+    for row, its in zip(a['run']['log'], b['run']['log']):
+        assert {**row, 'seconds': 0} == {**its, 'seconds': 0}
 
 
 @pytest.mark.parametrize('kind, extra', [
@@ -842,26 +857,26 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, papers, at_call, kind,
     for where in 'resumed at step 4', 'resumed at step 6':
         resumed = run('train.py', '--init_from=resume').out
         assert where in resumed and 'finished' in resumed
-        same_walk('out/last.safetensors', 'whole/last.safetensors')
+        same_walk('out', 'whole')
 
 
-def test_a_resumed_run_has_its_own_settings_to_its_end(run, papers):
+def test_a_resumed_run_has_its_own_settings_to_its_end(run, refused, papers):
     """How long and where may change; what would change its walk is refused by name."""
     run('train.py', *TINY, '--learning_rate=0.03', '--eval_interval=2')
     result = run('train.py', '--init_from=resume', '--max_iters=8')
     assert result.i == 8 and result.learning_rate == 0.03 and result.eval_interval == 2
     for argument in '--learning_rate=0.02', '--batch_size=4', '--seed=1', '--dataset=papers':
         name = argument.split('=')[0]
-        assert name in run('train.py', '--init_from=resume', argument, code=2).err
+        assert name in refused('train.py', '--init_from=resume', argument)
 
 
-def test_nothing_trained_is_overwritten(base, run):
+def test_nothing_trained_is_overwritten(base, run, refused):
     """A run that is there is moved aside, and the new one's page shows it."""
     before = Path('out/ckpt.safetensors').read_bytes()
-    run('train.py', '--dataset=nowhere', code=2)  # not by one that can't begin
+    refused('train.py', '--dataset=nowhere')  # not by one that can't begin
     assert 'out.1' in run('train.py', *TINY).out
     assert Path('out.1/ckpt.safetensors').read_bytes() == before
-    rows = parsed('out.1/last.safetensors')[0]['run']['log']
+    rows = newest('out.1')['run']['log']
     assert numbers('out/run.html')['aside'] == dict(title='out.1', rows=rows)
 
 
@@ -901,9 +916,9 @@ def test_nothing_trained_is_overwritten(base, run):
     sample.py --attention=no/where.html -> no/where.html
     sample.py --start=FILE: -> directory
     sample.py --start=FILE:mine -> mine'''.strip().splitlines()])
-def test_what_a_user_gets_wrong_ends_with_one_line(run, base, command, hint):
+def test_what_a_user_gets_wrong_ends_with_one_line(refused, base, command, hint):
     Path('file').write_text('x')
-    assert hint in run(*command.split(), code=2).err
+    assert hint in refused(*command.split())
 
 
 def test_what_does_not_fit_into_memory_is_said_in_one_line(run, papers):
@@ -921,13 +936,13 @@ def test_settings_are_taken_and_listed(run, papers):
 
 
 @pytest.mark.parametrize('kind', gpt.TOKENIZERS)
-def test_every_prompt_is_gone_on_from(run, papers, kind):
+def test_every_prompt_is_gone_on_from(run, refused, papers, kind):
     """Empty, longer than the window, of unknown characters, of bytes that are no text."""
     tokenizer = gpt.TOKENIZERS[kind].learn(corpus(1, 50), 300)
     gpt.save('ckpt.safetensors', small(vocab_size=len(tokenizer.tokens)), tokenizer)
     for start in '', 'x' * 999, '\u0416', 'FILE:data/mine/train.bin', 'FILE:/dev/null', '\udcff':
         assert run('sample.py', '--out_dir=.', '--max_new_tokens=20', f'--start={start}').out
-    assert 'nwhere' in run('sample.py', '--out_dir=.', '--start=FILE:no\nwhere', code=2).err
+    assert 'nwhere' in refused('sample.py', '--out_dir=.', '--start=FILE:no\nwhere')
     run('prepare.py', '--source=mine', '--dataset=\udcff')  # a name of such bytes
 
 
@@ -1033,11 +1048,11 @@ def test_hostile_tokens_stay_text(run):
     assert [numbers('a.html')['tokens'][i] for i in bpe.encode('\u00e9')] == ['\\xc3', '\\xa9']
 
 
-def test_without_its_page_a_run_goes_on_and_says_so_once(run, papers, monkeypatch):
+def test_without_its_page_a_run_goes_on_and_says_so_once(run, refused, papers, monkeypatch):
     monkeypatch.setattr(gpt, 'PAGE', Path('nowhere/page.html'))
     result = run('train.py', *TINY)
     assert result.out.count('nowhere/page.html') == 1 and not os.path.exists('out/run.html')
-    assert 'nowhere/page.html' in run('sample.py', '--attention=a.html', code=2).err
+    assert 'nowhere/page.html' in refused('sample.py', '--attention=a.html')
 
 
 def proof_reader(text):
@@ -1174,21 +1189,21 @@ def test_a_dream_is_what_was_written(base, run):
         assert (there or text.replace('$x', '$ x')) in names.document(text)
 
 
-def test_several_texts_are_sections(base, run):
+def test_several_texts_are_sections(base, run, refused):
     run('sample.py', '--max_new_tokens=1', '--num_samples=3', '--tex=dream.tex', '--start=So')
     with open('dream.tex') as file:
         assert file.read().count('\\section*{Another dream}') == 2
     for bad in (['--tex=x.pdf'], ['--tex=no/where.tex'], ['--tex=x.tex', '--text=dream.tex']):
-        assert 'tex' in run('sample.py', '--max_new_tokens=1', *bad, code=2).err
+        assert 'tex' in refused('sample.py', '--max_new_tokens=1', *bad)
 
 
 # ------------------------------------------------------------------------------ nothing lost
 
-def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, at_call):
+def test_a_full_disk_leaves_the_old_data_set_whole(run, refused, papers, at_call):
     before = held('data/mine')
     at_call(os, 'fsync', [2], disk_full)
     write_papers(a=9)
-    run(*PREPARE, code=2)
+    refused(*PREPARE)
     assert held('data/mine') == before
     run(*PREPARE)  # which finds what the first has left
     assert held('data/mine') != before and os.listdir('data') == ['mine']
@@ -1197,11 +1212,11 @@ def test_a_full_disk_leaves_the_old_data_set_whole(run, papers, at_call):
 def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
     at_call(gpt.Optimizer, 'step', [4], lambda *_: shutil.rmtree('out'))
     run('train.py', *TINY)
-    assert parsed('out/last.safetensors')[0]['run']['i'] == 6
+    assert newest('out')['run']['i'] == 6
 
 
 @pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
-def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, stop, interval):
+def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop, interval):
     """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
     def poison(optimizer, *_):
         optimizer.model.token.weight.data.fill_(math.nan)
@@ -1209,23 +1224,25 @@ def test_a_loss_that_is_no_number_is_not_saved(run, papers, at_call, stop, inter
             interrupt()
 
     at_call(gpt.Optimizer, 'step', [3], poison)
-    result = run('train.py', *TINY, f'--eval_interval={interval}', code=2)
-    assert 'number' in result.err and '--learning_rate' in result.err
+    said = refused('train.py', *TINY, f'--eval_interval={interval}')
+    assert 'number' in said and '--learning_rate' in said
     for name in 'ckpt', 'last':
         gpt.load(f'out/{name}.safetensors')  # which refuses what is not finite
 
 
-def test_a_second_run_in_the_same_folder_stops(base, run):
+def test_a_second_run_in_the_same_folder_stops(base, run, refused):
     """The lock is the system's: it goes with the process, however that ends."""
     before = Path('out/last.safetensors').read_bytes()
     long = '--init_from=resume', '--max_iters=1000000', '--eval_interval=1000000'
     other = subprocess.Popen([sys.executable, HERE / 'train.py', *long], stdout=subprocess.PIPE)
     other.stdout.readline()  # it is at work
-    for how in TINY, long:
-        assert 'at work' in run('train.py', *how, code=2).err
+    try:
+        for how in TINY, long:
+            assert 'at work' in refused('train.py', *how)
+    finally:
+        other.kill()
+        other.communicate()
     assert Path('out/last.safetensors').read_bytes() == before
-    other.kill()
-    other.communicate()
     run('train.py', *TINY)
 
 
@@ -1237,44 +1254,29 @@ def test_cut_short_in_saving_a_resumed_run_ends_the_same(base, run, at_call, nam
     at_call(os, name, [call], act)
     run('train.py', *TINY, '--out_dir=cut', code=code)
     run('train.py', '--init_from=resume', '--out_dir=cut')
-    same_walk('cut/last.safetensors', 'out/last.safetensors')
+    same_walk('cut', 'out')
     assert Path('cut/log.csv').read_text().count('\n') == 5  # a heading, three rows, the result
 
 
 # ------------------------------------------------------------------------------ checkpoints
 
-def parsed(path):
-    """What was saved in a checkpoint, and numbers by name, by the format's description."""
-    data = Path(path).read_bytes()
-    size, = struct.unpack('<Q', data[:8])
-    header, numbers = json.loads(data[8:8 + size]), data[8 + size:]
-    saved = {name: json.loads(text) for name, text in header.pop('__metadata__').items()}
-    tensors = {}
-    for name, entry in header.items():
-        assert entry['dtype'] == 'F32'
-        begin, end = entry['data_offsets']
-        tensors[name] = array('f', numbers[begin:end]).tolist()
-    return saved, tensors
-
-
-def test_a_checkpoint_is_a_safetensors_file(tmp_path):
-    """Read by a parser of the format's description; a tied table stands there once."""
-    path, idx = tmp_path / 'x', torch.tensor([[1, 2, 3]])
-    model, tokenizer = small(tied=True), CharTokenizer.learn('abcdefghij')
-    gpt.save(path, model, tokenizer, step=3, state={'mean.x': torch.ones(2)})
-    saved, tensors = parsed(path)
-    flat = {name: w.flatten().tolist() for name, w in model.named_parameters()}
-    assert saved['step'] == 3 and tensors == {**flat, 'mean.x': [1, 1]}
-    again, _, _ = gpt.load(path)
-    assert torch.equal(again(idx), model(idx))
-
-
-def test_the_docstring_says_how_to_read_a_checkpoint(base, run):
-    """With json and struct alone."""
+def test_a_checkpoint_is_a_safetensors_file(run):
+    """Read by the lines in save's docstring, with json and struct alone; a tied table stands there
+    once. And load reads it."""
+    (model, tokenizer), state = checkpoint(tied=True), {'mean.x': torch.ones(2, 5)}
+    gpt.save('out/ckpt.safetensors', model, tokenizer, state, step=3)
+    tensors = dict(model.named_parameters(), **state)
     _, code = gpt.save.__doc__.split('by hand:')
-    names = dict(struct=struct, json=json)
-    exec(textwrap.dedent(code), names)
-    assert [*names['numbers']] == parsed('out/ckpt.safetensors')[1]['token.weight']
+    for name, w in tensors.items():
+        read = dict(json=json, struct=struct)
+        exec(textwrap.dedent(code).replace('token.weight', name), read)
+        header, numbers = read['header'], torch.tensor(read['numbers'])
+        assert torch.equal(numbers.view(w.shape), w)
+        assert header[name]['dtype'] == 'F32' and header[name]['shape'] == [*w.shape]
+    assert header['__metadata__']['step'] == '3' and len(header) == len(tensors) + 1
+    again, _, _ = gpt.load('out/ckpt.safetensors')
+    idx = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(idx), model(idx))
 
 
 def change(data, row):
@@ -1304,23 +1306,25 @@ DOUBLING = [[97, 97]] + [[256 + i, 256 + i] for i in range(43)]  # a token of 2^
     'config/block_size="x"', 'config/colour=1', 'config/n_layer=0',
     'config/n_embd=8', 'config/mlp_dim=32', 'tokenizer/kind="no"', 'tokenizer/learned=[[97, 98]]',
     'tokenizer/learned="x"', f'tokenizer/learned={DOUBLING}'])
-def test_a_hostile_checkpoint_is_refused_by_every_script(base, run, row):
+def test_a_hostile_checkpoint_is_refused_by_every_script(base, refused, row):
     spoil(row)
-    for script, *how in (('sample.py',), ('train.py', '--init_from=resume'),
-                         ('train.py', *TINY, '--init_from=out/ckpt.safetensors', '--out_dir=new'),
-                         ('prepare.py', '--source=mine', '--tokenizer_from=out/ckpt.safetensors')):
-        assert 'no checkpoint' in run(script, *how, code=2).err
+    for command in (
+            'sample.py',
+            'train.py --init_from=resume',
+            'train.py --init_from=out/ckpt.safetensors --dataset=mine --out_dir=new',
+            'prepare.py --tokenizer_from=out/ckpt.safetensors --source=mine'):
+        assert 'no checkpoint' in refused(*command.split())
 
 
-def test_a_state_that_lacks_something_is_not_resumed(base, run):
+def test_a_state_that_lacks_something_is_not_resumed(base, refused):
     spoil('state={}')
-    assert 'resumed' in run('train.py', '--init_from=resume', '--max_iters=9', code=2).err
+    assert 'resumed' in refused('train.py', '--init_from=resume', '--max_iters=9')
 
 
 NO_JSON = b'', b'[]', b'{', b'[' * 200_000, bytes(range(256))
 
 
-def test_a_damaged_checkpoint_is_refused(base, run):
+def test_a_damaged_checkpoint_is_refused(base, refused):
     """Too short, too long, numbers that are none or not where they should be, no header."""
     path = Path('out/ckpt.safetensors')
     data = path.read_bytes()
@@ -1331,27 +1335,27 @@ def test_a_damaged_checkpoint_is_refused(base, run):
             data.replace(b'[300, 16]', b'[16, 300]'),
             *NO_JSON, *(struct.pack('<Q', len(header)) + header for header in NO_JSON)):
         path.write_bytes(damaged)
-        assert 'no checkpoint' in run('sample.py', code=2).err
+        assert 'no checkpoint' in refused('sample.py')
 
 
 @pytest.mark.parametrize('row', [
     'tokenizer="x"', 'tokenizer/kind="no"', f'tokenizer/learned={DOUBLING}', 'val=[]', 'train={}',
     'tokenizer={"kind": "char", "learned": ["a", "a"]}'])
-def test_a_meta_json_that_is_damaged_is_refused(papers, run, row):
+def test_a_meta_json_that_is_damaged_is_refused(papers, refused, row):
     path = Path('data/mine/meta.json')
     meta = json.loads(path.read_text())
     change(meta, row)
     path.write_text(json.dumps(meta))
-    assert 'prepare.py' in run('train.py', *TINY, code=2).err
+    assert 'prepare.py' in refused('train.py', *TINY)
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
-def test_a_data_set_that_is_not_whole_is_refused(papers, run, name):
+def test_a_data_set_that_is_not_whole_is_refused(papers, refused, name):
     """A file of it is too short, or gone."""
     path = Path('data/mine', name)
     for damage in path.unlink, lambda: path.write_bytes(99 * b'x'):
         damage()
-        assert 'prepare.py' in run('train.py', *TINY, code=2).err
+        assert 'prepare.py' in refused('train.py', *TINY)
 
 
 # ------------------------------------------------------------------------------ more than one
@@ -1365,7 +1369,7 @@ def test_two_processes_walk_the_path_of_one(run, papers):
     one = run('train.py', *how)
     out = spawn('train.py', *how, '--out_dir=two', launcher=TORCHRUN)
     assert out.count('parameters') == 1  # one of them speaks
-    for a, b in zip(one.log, parsed('two/last.safetensors')[0]['run']['log']):
+    for a, b in zip(one.log, newest('two')['run']['log']):
         assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-4)
     assert 'finished' in run('train.py', '--init_from=resume', '--out_dir=two').out
 
@@ -1385,7 +1389,7 @@ def torture_kill(n=100):
         how = ['--init_from=resume'] if os.path.exists(last) else settings
         try:
             spawn('train.py', *how, timeout=chance.uniform(0.2, 0.5) * most)
-            same_walk(last, 'whole/last.safetensors')
+            same_walk('out', 'whole')
             shutil.rmtree('out')
         except subprocess.TimeoutExpired:
             kills += 1
