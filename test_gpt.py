@@ -579,17 +579,15 @@ def test_the_two_sources_count_the_same_parameters():
 
 
 def test_n_params_by_a_formula():
-    """Whatever is switched on or off."""
+    """Without anything that is optional, and with all of it."""
     V, T, C, M, HD, L = 40, 9, 31, 7, 4 * 6, 3
-    for norm, bias, tied, values, smear in itertools.product([0, 1], repeat=5):
-        config = GPTConfig(V, T, L, n_head=4, n_embd=C, head_dim=6, mlp_dim=M, norm_weights=norm,
-                           position='learned', bias=bias, tied=tied, value_embeddings=values,
-                           smear=smear)
-        attention = 4 * C * HD + bias * C + values * V * HD + smear * HD
-        mlp = 2 * C * M + bias * (M + C)
-        ends = V * C + smear * C + T * C + bias * V + (0 if tied else V * C)
-        norms = norm * (2 * L + 1) * 2 * C
-        assert config.n_params == L * (attention + mlp) + ends + norms
+    sizes = dict(vocab_size=V, block_size=T, n_layer=L, n_head=4, n_embd=C, head_dim=6, mlp_dim=M)
+    bare = GPTConfig(**sizes, tied=True, value_embeddings=False, smear=False)
+    full = GPTConfig(**sizes, position='learned', bias=True, norm_weights=True)
+    assert bare.n_params == V * C + L * (4 * C * HD + 2 * C * M)
+    values, smear, biases, norms = V * HD, HD, C + M + C, 2 * 2 * C
+    in_blocks, ends = L * (values + smear + biases + norms), C + T * C + 2 * C + C * V + V
+    assert full.n_params == bare.n_params + in_blocks + ends
 
 
 @pytest.mark.parametrize('position', gpt.POSITIONS)
