@@ -59,7 +59,7 @@ prompt = torch.tensor(tokenizer.encode(start or '\n'))[-window:]  # (T,)
 
 def read(ids):
     """What the model thinks of a text (N,): the surprise in bits at each token, (N,), with 0 for
-    the first; and after each token the five likeliest to follow, each with its p, (N, 5, 2).
+    the first; and after each token p and the ids of the five likeliest to follow, (N, 5, 2).
 
     The model reads half a window at a time, after the half that came before.
     """
@@ -70,8 +70,7 @@ def read(ids):
         p = logits.cpu().double().softmax(-1)
         follow = ids[at + 1:at + half + 1]
         bits.append(-p[range(len(follow)), follow].log2())
-        most, token = p.topk(5)
-        likely.append(torch.stack((token, most), dim=-1))
+        likely.append(torch.stack(p.topk(5), dim=-1))
     return torch.cat(bits), torch.cat(likely)
 
 
@@ -109,15 +108,15 @@ def hide(match):
 
 def misspelt(prose, ends, bits):
     """The words that aren't known, the likeliest slips first. Token i ends at ends[i] and has
-    bits[i]. A word is known if it stands twice or is a token. The bits of a word that is close to
-    a known one count twice."""
+    bits[i]. A word is known if it stands twice or is a token; and then so is its capitalised form.
+    The bits of a word that is close to a known one count twice."""
     tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')  # after _ no word begins
     times = Counter(WORD.findall(f'{prose}\n_{tokens}\n_{tokens}'))  # so a token stands twice
-    known = [word for word in times if times[word] > 1]
+    known = {word for word in times if times[word] > 1}
     slips = []
     for match in WORD.finditer(prose):
         word = match[0]
-        if times[word] == 1:
+        if not {word, word.lower()} & known:
             first, end = (bisect(ends, place) for place in match.span())
             close = get_close_matches(word, known, 1, 0.75)
             slips.append(dict(
