@@ -58,7 +58,7 @@ prompt = torch.tensor(tokenizer.encode(start or '\n'))[-window:]  # (T,)
 
 def read(ids):
     """What the model thinks of a text (N,): the surprise in bits at each token, (N,), with 0 for
-    the first; and after each token the five likeliest to follow, each with its p, (N, 5, 2).
+    the first; and after each token p and the ids of the five likeliest to follow, (N, 5, 2).
 
     The model reads half a window at a time, after the half that came before.
     """
@@ -66,11 +66,10 @@ def read(ids):
     for at in range(0, len(ids), half):
         begin = max(0, at + half - window)
         logits = model(ids[None, begin:at + half].to(device))[0, at - begin:]
-        p = logits.cpu().double().softmax(dim=-1)
+        p = logits.cpu().double().softmax(-1)
         follow = ids[at + 1:at + half + 1]
         bits.append(-p[range(len(follow)), follow].log2())
-        most, token = p.topk(5)
-        likely.append(torch.stack((token, most), dim=-1))
+        likely.append(torch.stack(p.topk(5), dim=-1))
     return torch.cat(bits), torch.cat(likely)
 
 
@@ -92,7 +91,7 @@ HIDDEN = re.compile(r"""(?xs)
   | \\begin\{ (verbatim|lstlisting) \} .*? \\end\{ \2 \}
   | (?: (?<=label) | (?<=ref) | (?<=cite) ) \{ [^{}\s]* \}        # a name
 """)
-WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_][^\W\d_A-Z]+\b')  # control words; no ABC
+WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_][^\W\d_A-Z]+\b')  # control words; words, but no ABC
 
 # Two braces or two dollars of one paragraph, with none in between. In a formula no word stands
 # before another word, nor at the end.
@@ -107,15 +106,16 @@ def hide(match):
 
 
 def misspelt(prose, ends, bits):
-    """The words that stand once and are no tokens, the likeliest slips first. Token i ends at
-    ends[i] and has bits[i]. If a word is close to a known one, its bits count twice."""
-    tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')  # a part of a word is none
-    times = Counter(WORD.findall(f'{prose}\n_{tokens}\n_{tokens}'))
-    known = [word for word in times if times[word] > 1]
+    """The words that aren't known, the likeliest slips first. Token i ends at ends[i] and has
+    bits[i]. A word is known if it stands twice or is a token; and then so is its capitalised form.
+    The bits of a word that is close to a known one count twice."""
+    tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')  # after _ no word begins
+    times = Counter(WORD.findall(f'{prose}\n_{tokens}\n_{tokens}'))  # so a token stands twice
+    known = {word for word in times if times[word] > 1}
     slips = []
     for match in WORD.finditer(prose):
         word = match[0]
-        if times[word] == 1:
+        if not {word, word.lower()} & known:
             first, end = (bisect(ends, place) for place in match.span())
             close = get_close_matches(word, known, 1, 0.75)
             slips.append(dict(
@@ -189,7 +189,7 @@ SPELLINGS = rf"""
     \s?\\(?:begin|end)\{{document\}} | \s?\\label{GROUP} | \s?\\{SILENT}{END}\.?  =>  \t
     \\par{END}                               =>  \n\n
     \\[()]                                   =>  $
-    \$\$ ((?: (?!\n\s*\n)[\s\S] )*?) \$\$   =>  \\[\1\\]
+    \$\$ ((?: (?!\n\s*\n)[\s\S] )*?) \$\$    =>  \\[\1\\]
     \\\\ (?: \s* \[[^][\n]*\] )?             =>  \\\\{{}}
     \\sqrt \s* \[[^][\n]*\]                  =>  \\sqrt
     (begin|end)\{{(?:displaymath|align|gather|multline|eqnarray|flalign)\*?\}}
@@ -213,8 +213,10 @@ SPELLINGS = rf"""
                                              =>  \1{{\2}}
     (\\(?:{FRACTIONS})\s*{ARGUMENT}) \s* ([A-Za-z0-9])
                                              =>  \1{{\2}}
-    ([_^]) ({GROUP} (?: (?!\1)[_^]{GROUP} )?) (?= \s*\1 )
-                                             =>  \1\2{{}}
+    (_ {ARGUMENT} (?: \s* (?: \^{ARGUMENT} | ' ) )*) (?= \s*_ )
+                                             =>  \1{{}}
+    ((?: \^{ARGUMENT} | ' (?= \s*_ ) ) (?: \s*_{ARGUMENT} )?) (?= \s*['^] )
+                                             =>  \1{{}}
     (section\*?\{{ [^{{}}]{{300}})           =>  \1}}
     ((?: [_^&'] (?: (?!\n\s*\n) [^_^&'] )* ){{80}})
                                              =>  \1\n\n
@@ -238,7 +240,6 @@ TOKEN = rf"""(?x)
                 | [ \t\n!"'-\[\]`-z|~] )
   | (?P<end>      \}} | \\end\{{[a-z*]+\}} | . )
 """
-OPENERS = 'block', 'text', 'over', 'group'
 DEEP = 14  # how much may be open at a time
 
 MACRO = r'(?m)^\\newcommand\*?\s*\{?\\([A-Za-z]+)\}?\s*(?:\[\d\])?\s*\{(.*)\}$'
@@ -292,13 +293,15 @@ def document(text):
         those of what is around it."""
         inner = len(closers) > 1
         ends = {'heading': inner, 'break': math or closers[0] == '}', 'prose': math}
-        table = math and closers[0].startswith('\\end')
+        table = math and '\\end' in closers[0]
         fits = {'cell': table, 'item': inner, 'end': False, 'formula': False}
+        if len(closers) > DEEP:
+            tokens.append(('heading', '\n\n'))
         while tokens:
             kind, written = tokens.pop()
             if kind in ('sign', 'over') and not math:
                 tokens.extend([(kind, written), ('formula', '$')])
-            elif kind in OPENERS and len(closers) < DEEP or kind == 'formula' and not math:
+            elif kind in ('block', 'text', 'over', 'group') or kind == 'formula' and not math:
                 out.append(written.replace('$', '$ '))
                 closer = '}' if written[-1] == '{' else written.replace('begin', 'end')
                 fill(kind in ('over', 'formula') or kind == 'group' and math, closer, *closers)
@@ -307,7 +310,7 @@ def document(text):
                     tokens.append((kind, written))
                 break
             else:
-                out.append(written if fits.get(kind, kind not in OPENERS) else '{}')
+                out.append(written if fits.get(kind, True) else '{}')
         out.append(closers[0])
 
     fill(False, '\\end{document}\n')
