@@ -7,7 +7,6 @@ Train a GPT on what prepare.py has written.
     python train.py --init_from=out/ckpt.safetensors --out_dir=out-mine --dataset=mine    finetune
     torchrun --nproc_per_node=2 train.py                  on two processes
 """
-import ctypes
 import json
 import math
 import os
@@ -106,11 +105,6 @@ autocast = torch.autocast('cuda', torch.bfloat16, enabled=device.startswith('cud
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
 if threads:
     torch.set_num_threads(threads)
-with suppress(AttributeError, TypeError):  # for a C library that is not glibc
-    # Keep memory that was freed: to give it back and fetch it anew took up to a third of a step.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 # -------------------------------------------------------------------------------------------------
 # The data: tokens of the training and of the validation part
