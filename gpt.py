@@ -162,7 +162,7 @@ class BPETokenizer(CharTokenizer):
             for word in [word for word in times if best in word]:
                 n = times.pop(word)
                 merged = word.replace(best, chr(new))
-                times[merged] = n
+                times[merged] = n  # it is new: no other piece has the same bytes
                 count(word, -n)
                 count(merged, n)
         return cls(merges)
@@ -311,7 +311,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H D) each
         if c.value_embeddings:
             v = v + self.value_table(idx)
-        k = cache.append(f'keys {self.layer}', k)  # (B, S, H D), of all S tokens so far
+        # (B, S, H D), of all S tokens so far. Keys are kept as they are: the next needs the last.
+        k = cache.append(f'keys {self.layer}', k)
         v = cache.append(f'values {self.layer}', v)
         if c.smear:
             k = smeared(k, self.smear)
@@ -408,8 +409,8 @@ class GPT(nn.Module):
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw from softmax(logits / temperature): (B, V) to (B, 1).
 
-    Temperature 0 takes the largest. top_k keeps the k likeliest tokens (0: all), top_p the fewest
-    that together have this probability (arXiv:1904.09751).
+    Temperature 0 takes the largest. top_k keeps the k likeliest tokens (0: all). Of these top_p
+    keeps the fewest that have this probability or more among all V (arXiv:1904.09751).
     """
     p = (logits.float() / max(temperature, 1e-9)).softmax(dim=-1)  # (B, V)
     p, token = p.sort(dim=-1, descending=True)  # the likeliest first
@@ -463,7 +464,7 @@ def orthogonalize(G, steps=3):
     return X.T if tall else X
 
 
-TABLES = 'token.weight', 'place.weight', 'table.weight'
+TABLES = 'token.weight', 'place.weight', 'value_table.weight'
 MATRICES = ('query.weight', 'key.weight', 'value.weight', 'out.weight', 'up.weight',
             'down.weight')
 
@@ -515,7 +516,7 @@ class Optimizer:
                 continue
             g, mean, r = w.grad, self.state[f'mean.{name}'], share * self.learning_rate
             if self.muon and name.endswith(TABLES):
-                r *= 5  # found by trying
+                r *= 5  # but not of the head; found by trying
             w.mul_(1 - r * self.weight_decay)
             if self.muon and name.endswith(MATRICES):
                 n, m = w.shape
@@ -541,9 +542,9 @@ def learn_pairs(model, ids, iterations, most=2**23):
     """
     V = model.config.vocab_size
     rows = ids.bincount(minlength=V).topk(min(V, most // V)).indices  # (R,)
-    pairs = torch.stack((ids[:-1], ids[1:]))  # (2, N - 1)
+    ab = torch.stack((ids[:-1], ids[1:]))  # (2, N - 1)
     ones = torch.ones(len(ids) - 1)
-    n = torch.sparse_coo_tensor(pairs, ones, (V, V), check_invariants=True)
+    n = torch.sparse_coo_tensor(ab, ones, (V, V), check_invariants=True)
     n = n.index_select(0, rows).to_dense()  # (R, V)
     optimizer = Optimizer(model, learning_rate=0.04)
     for t in range(1, iterations + 1):
@@ -719,6 +720,6 @@ def load(path):
         weights.setdefault('head.weight', weights['token.weight'])  # if they are tied
         model.load_state_dict(weights)  # no other names, no other shapes
         return model, tokenizer, dict(saved, state=state)
-    except Exception as error:  # whatever a file that is damaged or hostile may cause
+    except Exception as error:  # whatever a damaged or hostile file may raise
         raise OSError(f'{path}: no checkpoint that can be read ({str(error)[:150]}); '
                       'train.py writes one')

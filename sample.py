@@ -108,8 +108,10 @@ def hide(match):
 def misspelt(prose, ends, bits):
     """The words that aren't known, the likeliest slips first. Token i ends at ends[i] and has
     bits[i]. A word is known if it stands twice or is a token; and then so is its capitalised form.
-    The bits of a word that is close to a known one count twice."""
-    tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')  # after _ no word begins
+    In the order, not in what is printed, the bits of a word that is close to a known one count
+    twice."""
+    # No word begins after _. So of the tokens only those with a blank in front count as words.
+    tokens = b'\n_'.join(tokenizer.tokens).decode(errors='replace')
     times = Counter(WORD.findall(f'{prose}\n_{tokens}\n_{tokens}'))  # so a token stands twice
     known = {word for word in times if times[word] > 1}
     slips = []
@@ -122,7 +124,7 @@ def misspelt(prose, ends, bits):
                 at=first, line=prose.count('\n', 0, match.start()) + 1, word=word,
                 bits=float(bits[first:end].sum()),
                 expected=close[0] if close else 'another word'))
-    return sorted(slips, key=lambda slip: -slip['bits'] * (2 if slip['expected'] in times else 1))
+    return sorted(slips, key=lambda slip: -slip['bits'] * (2 if slip['expected'] in known else 1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ SPELLINGS = rf"""
     ((?: (?!\n\s*\n) [\s\S] ){{5000}})       =>  \1\n\n
 """
 TOKEN = rf"""(?x)
-    (?P<heading>  (?= \\(?:sub)*section{END} ) )                   # before it, all is closed
+    (?P<heading>  (?= \\(?:sub)*section{END} ) )                   # before it all is closed
   | (?P<break>    \n\s*\n\s* | (?= \\item{END} | \\begin\{{(?:equation|{BLOCKS}) ) )
   | (?P<block>    \\begin\{{(?:{BLOCKS})\}} )
   | (?P<text>     \\(?:{TEXT})\*?\s*\{{ )
@@ -292,11 +294,12 @@ def document(text):
         """Write what is in a formula or a text, and closers[0] to end it. The other closers are
         those of what is around it."""
         inner = len(closers) > 1
+        # What ends it, beside closers; and what may not stand in it, unless this says so.
         ends = {'heading': inner, 'break': math or closers[0] == '}', 'prose': math}
         table = math and '\\end' in closers[0]
         fits = {'cell': table, 'item': inner, 'end': False, 'formula': False}
         if len(closers) > DEEP:
-            tokens.append(('heading', '\n\n'))
+            tokens.append(('heading', '\n\n'))  # which closes all
         while tokens:
             kind, written = tokens.pop()
             if kind in ('sign', 'over') and not math:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gpt import ACTIVATIONS, GPT, GPTConfig, Optimizer, POSITIONS, TOKENIZERS
 from gpt import PAGE, fail, generate, learn_pairs, load, on_stop, override, pick_device, quiet
-from gpt import save, write, write_page
+from gpt import save, write_page
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -66,27 +66,27 @@ device = 'auto'  # auto, cpu, cuda, mps
 threads = 0  # 0 for as many as torch takes by itself
 compile = False  # torch.compile
 # -------------------------------------------------------------------------------------------------
-allowed = dict(
-    batch_size=[1, 10_000], gradient_accumulation_steps=[1, 10_000], block_size=[1, 100_000],
-    dropout=[0, 0.99], position=POSITIONS, activation=[*ACTIVATIONS],
+config = override(
+    globals(), batch_size=[1, 10_000], gradient_accumulation_steps=[1, 10_000],
+    block_size=[1, 100_000], dropout=[0, 0.99], position=POSITIONS, activation=[*ACTIVATIONS],
     optimizer=['muon', 'adamw'])
-config = override(globals(), **allowed)
 quiet()
-last = f'{out_dir}/last.safetensors'  # the newest state
-ckpt = f'{out_dir}/ckpt.safetensors'  # the best model
+last = f'{out_dir}/last.safetensors'  # the newest model, and the optimizer's state
+ckpt = f'{out_dir}/ckpt.safetensors'  # the best model alone
 
 path = last if init_from == 'resume' else init_from
 saved = {}
 if init_from != 'scratch':
     model, tokenizer, saved = load(path)
-if init_from == 'resume':  # with the settings of the run, and then the command line once more
-    globals().update({**saved['settings'], 'out_dir': out_dir, 'init_from': init_from})
-    config = override(globals(), **allowed)
+if init_from == 'resume':
+    # The settings are those of the run. Then the command line may change where, how long and on
+    # what machine it goes on. Anything else may have its value alone: the smallest is the largest.
+    settings = saved['settings']
+    globals().update({**settings, 'out_dir': out_dir, 'init_from': init_from})
     may_change = {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes', 'eval_interval',
-                  'device', 'threads', 'compile'}  # where, how long and on what machine
-    for name, value in saved['settings'].items():
-        if config[name] != value and name not in may_change:
-            fail(f'--{name}={config[name]}: this run has {value}, to its end')
+                  'device', 'threads', 'compile'}
+    fixed = {name: [settings[name]] * 2 for name in settings if name not in may_change}
+    config = override(globals(), **fixed)
 
 # -------------------------------------------------------------------------------------------------
 # One process, or one of several that torchrun has started: the first writes and decides
@@ -96,12 +96,10 @@ if world > 1:  # each process takes a GPU of its own, or all take the CPU
     gpu = torch.cuda.is_available()
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if gpu else 'cpu'
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
-if rank:
-    sys.stdout = open(os.devnull, 'w')
 if batch_size % world:  # with equal shares the mean of the processes' means is the mean
     fail(f'--batch_size={batch_size}: wanted a multiple of the {world} processes')
 device = pick_device(device)
-autocast = torch.autocast('cuda', torch.bfloat16, enabled=device.startswith('cuda'))
+autocast = torch.autocast('cuda', torch.bfloat16, enabled='cuda' in device)
 torch.set_flush_denormal(True)  # numbers near 1e-40 are slow and say nothing
 if threads:
     torch.set_num_threads(threads)
@@ -138,15 +136,16 @@ elif init_from != 'resume':  # weights, tokenizer and shape from there, all else
 if learned.learned != tokenizer.learned:
     fail(f'{folder} has other tokens than the model; {hint} --tokenizer_from={path}')
 model.to(device)
+net = model
 if compile:
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
-net = torch.compile(model) if compile else model
+    net = torch.compile(model)
 if world > 1:
     net = torch.nn.parallel.DistributedDataParallel(net)
 updates = Optimizer(model, learning_rate, weight_decay, muon=optimizer == 'muon')
 
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
-# for bit, on as many threads and processes, unless it runs by the clock.
+# for bit, on the same number of threads and processes, unless it runs by the clock.
 i, seconds, losses, log, wrote, aside = 0, 0.0, [], [], [], None
 if init_from == 'resume':
     try:
@@ -159,16 +158,15 @@ if init_from == 'resume':
 # -------------------------------------------------------------------------------------------------
 # Batches. A row is T + 1 tokens: x is the first T of them, and y what follows each
 
-if len(train) <= block_size:
-    fail(f'{folder} has {len(train)} tokens to train; more papers are needed, '
-         f'or a smaller --block_size than {block_size}')
+if len(train) <= 2 * block_size:
+    fail(f'{folder} has {len(train)} tokens to train; more papers are needed, or a smaller '
+         f'--block_size than {block_size}')
 rows = train.unfold(0, block_size + 1, 1)  # (N - T, T + 1): row t begins at token t
-n_rows = max(1, (len(train) - 1) // block_size - 1)  # side by side, with room for a shift
-room = min(block_size, len(train) - n_rows * block_size)
+n_rows = (len(train) - 1) // block_size - 1  # side by side; one is left out, as room for a shift
 per_step = batch_size * gradient_accumulation_steps
-# The rows are taken in the order 0, a, 2a, 3a, ... modulo their number n. If a has no divisor in
-# common with n, each is taken once before any is taken twice. With a near the golden section of n,
-# those of one step come from all over the text.
+# The rows are taken in the order 0, a, 2a, 3a, ... modulo n_rows, where a is the stride. If a has
+# no divisor in common with n_rows, each is taken once before any is taken twice. With a near the
+# golden section of n_rows, those of one step come from all over the text.
 stride = round(0.618 * n_rows)
 while math.gcd(stride, n_rows) > 1:
     stride += 1
@@ -184,16 +182,16 @@ def get_batch(i):
     """Step i's x and y, a pair for each accumulation step. Of several processes each takes its
     share, and DistributedDataParallel the mean of their gradients."""
     k = torch.arange(i * per_step, (i + 1) * per_step)
-    n = k // n_rows  # walks through the text so far; in each the rows begin elsewhere
-    starts = k * stride % n_rows * block_size + n * 97 % room
+    walk = k // n_rows  # through all rows; in the next walk they begin elsewhere
+    starts = k * stride % n_rows * block_size + walk * 97 % block_size
     for some in starts.view(gradient_accumulation_steps, batch_size):
         yield xy(rows[some[rank::world]].long() & 0xffff)
 
 
 # -------------------------------------------------------------------------------------------------
 # How it is measured. Each evaluation reads the same evenly spaced rows of the validation text, at
-# least 2^14 tokens or all if there are fewer: by these the best model is chosen, since like is
-# compared with like. At the end the best model reads the whole part, and that is the result.
+# least 2^14 tokens or all if there are fewer: by these the best model is chosen. At the end the
+# best model reads the whole part, and that is the result.
 
 # What is -100 counts for nothing in F.cross_entropy: it fills the last row.
 padded = F.pad(val.long() & 0xffff, (0, block_size), value=-100)
@@ -226,8 +224,10 @@ def progress():
 
 
 def time_left(done):
-    left = int(clock() * (1 / done - 1)) if done else 0
-    return f'{left // 60}m{left % 60:02}s left' if done else ''
+    if not done:
+        return ''
+    left = int(clock() * (1 / done - 1))
+    return f'{left // 60}m{left % 60:02}s left'
 
 
 def due():
@@ -245,7 +245,7 @@ def report(done, rate):
     loss = evaluate(model, few_rows)
     best = model if all(loss < row['val_loss'] for row in log) else None
     mean = sum(losses) / len(losses) if losses else loss
-    log.append(dict(step=i, tokens=i * per_step * block_size, seconds=round(began, 2),
+    log.append(dict(step=i, tokens=i * per_step * block_size, seconds=began,
                     train_loss=mean, val_loss=loss, val_bpc=loss * to_bits, learning_rate=rate))
     losses.clear()
     torch.manual_seed(seed + i)
@@ -256,7 +256,7 @@ def report(done, rate):
     keep(best)
     print(f'step {i:5}  train {mean:.2f}  val {loss:.2f}  {loss * to_bits:.2f} bits/char  '
           f'{time_left(done)}\n    {text[:76]}')
-    # A twentieth of the time later, or so much later that evaluations take a tenth of it at most.
+    # A twentieth of max_minutes later, or so late that evaluations take a tenth of them at most.
     next_time = clock() + max(60 * max_minutes / 20, 9 * (clock() - began))
 
 
@@ -265,19 +265,19 @@ def report(done, rate):
 
 def keep(best=None, result=()):
     """Save the newest state and, if it is given, the best model; the last row, of the log or of
-    the result, says how good it is. Each file is replaced whole: if the disk is full, the run ends
-    and can be resumed from what was saved before."""
+    the result, says how good it is. A checkpoint is replaced whole: if the disk is full, the run
+    ends and can be resumed from what was saved before."""
     rows = [*log, *result]
     run = dict(i=i, seconds=clock(), losses=losses, log=log, wrote=wrote, aside=aside)
     about = dict(rows[-1], run=run, settings=config, macros=meta['macros'])
-    table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
-    text = ''.join(','.join(map(str, line)) + '\n' for line in table)
     os.makedirs(out_dir, exist_ok=True)
     if best:
         save(ckpt, best, tokenizer, **about)
     save(last, model, tokenizer, updates.state, **about)
-    write(f'{out_dir}/log.csv', text.encode())
-    if os.path.exists(PAGE):
+    with open(f'{out_dir}/log.csv', 'w') as file:
+        for line in rows[0], *(row.values() for row in rows):  # the names, and the numbers
+            print(*line, sep=',', file=file)
+    if page_there:
         write_page(f'{out_dir}/run.html', kind='run', title=f'The run in {out_dir}', **run,
                    result=result, yardsticks=meta['yardsticks'],
                    running=not (result or stopping))
@@ -304,6 +304,7 @@ def on_signal(number, frame):
 
 stopping = 0  # the number of the signal that asked for it
 next_time = 0.0  # of an evaluation, in a run by the clock
+page_there = os.path.exists(PAGE)
 on_stop(on_signal)
 if rank == 0:
     lock, here = claim(), Path(out_dir)
@@ -318,15 +319,15 @@ if rank == 0:
         os.rename(here, f'{here}.{n}')
         lock = claim()
         print(f'the run that was in {out_dir} is now in {here}.{n}')
+    if not page_there:
+        print(f'there is no {PAGE}, so there will be no page of this run')
+    print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, '
+          f'{math.ceil(n_rows / per_step):,} steps to see them once; {device}'
+          + (f'; resumed at step {i}' if i else ''))
 
 # -------------------------------------------------------------------------------------------------
 # The loop
 
-if not os.path.exists(PAGE):
-    print(f'there is no {PAGE}, so there will be no page of this run')
-print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, '
-      f'{math.ceil(n_rows / per_step):,} steps to see them once; {device}'
-      + (f'; resumed at step {i}' if i else ''))
 while True:
     state = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
     if world > 1:
@@ -334,13 +335,14 @@ while True:
     done, now, stop = state.tolist()
     if now or stop or done == 1:
         assert all(w.isfinite().all() for w in model.parameters()), (
-            f'step {i}: a weight is no number any more; most likely --learning_rate={learning_rate} '
-            f'is too large. {ckpt} is the last good model')
+            f'step {i}: a weight is no number any more; most likely '
+            f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
 
-    # The rate rises to its value in the first steps, and falls to 0 in a line.
+    # The share of the rate: what rises to 1 in the first steps, times what falls from 1 to 0.
     share = min(1, (i + 1) / (warmup_iters + 1))
     if decay_lr:
         share *= 1 - done
+    # A resumed run has already reported the step at which it was saved: there are no losses yet.
     if rank == 0 and (now or done == 1) and (losses or not log):
         report(done, share * learning_rate)
     if done == 1 or stop:
@@ -359,7 +361,7 @@ while True:
     updates.step(i + 1, share)
     model.zero_grad()
     i += 1
-    if os.isatty(1):  # one line, rewritten in place
+    if rank == 0 and os.isatty(1):  # one line, rewritten in place
         print(f'step {i:5}  train {loss:.2f}  {time_left(done)}'.ljust(50), end='\r', flush=True)
 
 # -------------------------------------------------------------------------------------------------
@@ -378,9 +380,10 @@ if i == 0 and max_minutes:
     fail(f'--max_minutes={max_minutes} is over before the first step; take more')
 best, _, _ = load(ckpt)
 loss = evaluate(best.to(device).eval(), every_row)
+bits = loss * to_bits
 result = min(log, key=lambda row: row['val_loss'])
-result = dict(result, seconds=round(clock(), 2), val_loss=loss, val_bpc=loss * to_bits)
+result = dict(result, seconds=clock(), val_loss=loss, val_bpc=bits)
 keep(best, [result])
-print(f'''best of step {result["step"]}, on the whole validation part: {loss * to_bits:.3f} bits/char
+print(f'''best of step {result["step"]}, on the whole validation part: {bits:.3f} bits/char
 finished: {ckpt}, and {out_dir}/run.html for a browser
 to see it write: python sample.py --out_dir={out_dir}; with --tex=dream.tex, a paper''')
