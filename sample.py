@@ -93,10 +93,10 @@ HIDDEN = re.compile(r"""(?xs)
 """)
 WORD = re.compile(r'\\[A-Za-z@]+|\b[^\W\d_][^\W\d_A-Z]+\b')  # control words; words, but no ABC
 
-# Two braces or two dollars of one paragraph, with none in between. In a formula no word stands
+# Two braces, or two dollars of one paragraph, with none in between. In a formula no word stands
 # before another word, nor at the end.
 PAIR = re.compile(r"""(?x)
-    \{ (?: (?! \n\s*\n ) [^{}$] )* \}
+    \{ [^{}$]* \}
   | \$ (?: (?! \n\s*\n | (?<![\\A-Za-z]) [a-z]{2,} \s+ [a-z$] ) [^{}$] )* \$
 """)
 

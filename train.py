@@ -75,7 +75,6 @@ last = f'{out_dir}/last.safetensors'  # the newest model, and the optimizer's st
 ckpt = f'{out_dir}/ckpt.safetensors'  # the best model alone
 
 path = last if init_from == 'resume' else init_from
-saved = {}
 if init_from != 'scratch':
     model, tokenizer, saved = load(path)
 if init_from == 'resume':
