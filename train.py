@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gpt import ACTIVATIONS, GPT, GPTConfig, Optimizer, POSITIONS, TOKENIZERS
 from gpt import PAGE, fail, generate, learn_pairs, load, on_stop, override, pick_device, quiet
-from gpt import save, write_page
+from gpt import save, write, write_page
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -264,8 +264,8 @@ def report(done, rate):
 
 def keep(best=None, result=()):
     """Save the newest state and, if it is given, the best model; the last row, of the log or of
-    the result, says how good it is. A checkpoint is replaced whole: if the disk is full, the run
-    ends and can be resumed from what was saved before."""
+    the result, says how good it is. Each file is replaced whole: if the disk is full, the run ends
+    and can be resumed from what was saved before."""
     rows = [*log, *result]
     run = dict(i=i, seconds=clock(), losses=losses, log=log, wrote=wrote, aside=aside)
     about = dict(rows[-1], run=run, settings=config, macros=meta['macros'])
@@ -273,9 +273,9 @@ def keep(best=None, result=()):
     if best:
         save(ckpt, best, tokenizer, **about)
     save(last, model, tokenizer, updates.state, **about)
-    with open(f'{out_dir}/log.csv', 'w') as file:
-        for line in rows[0], *(row.values() for row in rows):  # the names, and the numbers
-            print(*line, sep=',', file=file)
+    table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
+    text = ''.join(','.join(map(str, line)) + '\n' for line in table)
+    write(f'{out_dir}/log.csv', text.encode())
     if page_there:
         write_page(f'{out_dir}/run.html', kind='run', title=f'The run in {out_dir}', **run,
                    result=result, yardsticks=meta['yardsticks'],
