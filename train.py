@@ -155,59 +155,53 @@ if init_from == 'resume':
         fail(f'{last}: no run that can be resumed ({error!r})')
 
 # -------------------------------------------------------------------------------------------------
-# Batches. A row is T + 1 tokens: x is the first T of them, and y what follows each
+# Batches of sequences, each of T + 1 tokens: x is the first T of them, and y what follows each
 
-if len(train) <= 2 * block_size:
+if len(train) <= block_size:
     fail(f'{folder} has {len(train)} tokens to train; more papers are needed, or a smaller '
          f'--block_size than {block_size}')
-rows = train.unfold(0, block_size + 1, 1)  # (N - T, T + 1): row t begins at token t
-n_rows = (len(train) - 1) // block_size - 1  # side by side; one is left out, as room for a shift
-per_step = batch_size * gradient_accumulation_steps
-# The rows are taken in the order 0, a, 2a, 3a, ... modulo n_rows, where a is the stride. If a has
-# no divisor in common with n_rows, each is taken once before any is taken twice. With a near the
-# golden section of n_rows, those of one step come from all over the text.
-stride = round(0.618 * n_rows)
-while math.gcd(stride, n_rows) > 1:
-    stride += 1
+per_step = batch_size * gradient_accumulation_steps * block_size  # tokens
+golden = (5**0.5 - 1) / 2  # 0.618...
 
 
-def xy(rows):
-    """(B, T + 1) to x and y, (B, T) each."""
-    rows = rows.to(device)
-    return rows[:, :-1].clamp(min=0), rows[:, 1:]
+def xy(data, starts):
+    """The sequences that begin at these tokens of the data: x and y, (B, T) each."""
+    rows = torch.stack([data[t:t + block_size + 1] for t in starts])  # (B, T + 1)
+    rows = rows.to(device).long() & 0xffff
+    return rows[:, :-1], rows[:, 1:]
 
 
-def get_batch(i):
-    """Step i's x and y, a pair for each accumulation step. Of several processes each takes its
-    share, and DistributedDataParallel the mean of their gradients."""
-    k = torch.arange(i * per_step, (i + 1) * per_step)
-    walk = k // n_rows  # through all rows; in the next walk they begin elsewhere
-    starts = k * stride % n_rows * block_size + walk * 97 % block_size
-    for some in starts.view(gradient_accumulation_steps, batch_size):
-        yield xy(rows[some[rank::world]].long() & 0xffff)
+def get_batch(n):
+    """Batch n = 0, 1, 2, ... of the training text.
+
+    Sequence k begins at the fractional part of k g, as a share of the text, where g is the golden
+    section. So it falls into one of the widest gaps between all before it (Knuth, The Art of
+    Computer Programming, section 6.4, theorem S), and no part of the text waits long.
+    """
+    # Of several processes each takes its share, and DistributedDataParallel the mean gradient.
+    mine = range(n * batch_size + rank, (n + 1) * batch_size, world)
+    return xy(train, [int(k * golden % 1 * (len(train) - block_size)) for k in mine])
 
 
 # -------------------------------------------------------------------------------------------------
-# How it is measured. Each evaluation reads the same evenly spaced rows of the validation text, at
+# How it is measured. Each evaluation reads the same evenly spaced blocks of the validation text, at
 # least 2^14 tokens or all if there are fewer: by these the best model is chosen. At the end the
 # best model reads the whole part, and that is the result.
 
-# What is -100 counts for nothing in F.cross_entropy: it fills the last row.
-padded = F.pad(val.long() & 0xffff, (0, block_size), value=-100)
-every_row = padded.unfold(0, block_size + 1, block_size)
-few_rows = every_row[::max(1, len(val) // 2**14)]
-prompt = torch.tensor([tokenizer.encode('\\section{')], device=device)  # (1, T)
+every_block = range(0, len(val) - 1, block_size)  # where they begin
+few_blocks = every_block[::max(1, len(val) // 2**14)]
 
 
 @torch.inference_mode()
-def evaluate(model, rows):
-    """The mean of -log p, in nats, over the tokens of these rows of the validation text."""
-    total = 0.0
-    for some in rows.split(batch_size):
-        x, y = xy(some)
-        logits = model(x)  # (B, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='sum').item()
-    return total / (rows[:, 1:] >= 0).sum().item()
+def evaluate(model, blocks):
+    """The mean of -log p, in nats, over the tokens of these blocks of the validation text."""
+    nats = tokens = 0
+    for t in blocks:
+        x, y = xy(val, [t])  # (1, T) each; the last block may be shorter
+        logits = model(x)  # (1, T, V)
+        nats += F.cross_entropy(logits[0], y[0], reduction='sum').item()
+        tokens += y.numel()
+    return nats / tokens
 
 
 def clock():
@@ -233,7 +227,7 @@ def due():
     """Whether to evaluate before step i: every eval_interval steps, or some twenty times."""
     if max_minutes and not eval_interval:
         return clock() >= next_time
-    return i % (eval_interval or max(1, math.ceil(max_iters / 20))) == 0
+    return i % (eval_interval or math.ceil(max_iters / 20) or 1) == 0
 
 
 def report(done, rate):
@@ -241,13 +235,14 @@ def report(done, rate):
     global next_time
     began = clock()
     model.eval()
-    loss = evaluate(model, few_rows)
+    loss = evaluate(model, few_blocks)
     best = model if all(loss < row['val_loss'] for row in log) else None
     mean = sum(losses) / len(losses) if losses else loss
-    log.append(dict(step=i, tokens=i * per_step * block_size, seconds=began,
+    log.append(dict(step=i, tokens=i * per_step, seconds=began,
                     train_loss=mean, val_loss=loss, val_bpc=loss * to_bits, learning_rate=rate))
     losses.clear()
     torch.manual_seed(seed + i)
+    prompt = torch.tensor([tokenizer.encode('\\section{')], device=device)  # (1, T)
     text = tokenizer.decode(map(int, generate(model, prompt, 40)))
     text = ' '.join(text.split())
     wrote.append(text)
@@ -256,7 +251,7 @@ def report(done, rate):
     print(f'step {i:5}  train {mean:.2f}  val {loss:.2f}  {loss * to_bits:.2f} bits/char  '
           f'{time_left(done)}\n    {text[:76]}')
     # A twentieth of max_minutes later, or so late that evaluations take a tenth of them at most.
-    next_time = clock() + max(60 * max_minutes / 20, 9 * (clock() - began))
+    next_time = clock() + max(3 * max_minutes, 9 * (clock() - began))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -289,7 +284,7 @@ def claim():
         lock = sqlite3.connect(f'{out_dir}/.lock', timeout=0)
         lock.execute('BEGIN EXCLUSIVE')
         return lock
-    except (OSError, sqlite3.Error) as error:
+    except Exception as error:  # of the disk, or of the lock
         fail(f'--out_dir={out_dir}: another train.py is at work there, or it cannot be written '
              f'({error})')
 
@@ -311,7 +306,7 @@ if rank == 0:
         n = 1
         while os.path.exists(f'{here}.{n}'):
             n += 1
-        with suppress(OSError, KeyError):  # the page shows it as a pale curve, if it compares
+        with suppress(Exception):  # the page shows it as a pale curve, if it compares
             _, _, before = load(last)
             if before['settings']['dataset'] == dataset:
                 aside = dict(title=f'{here}.{n}', rows=before['run']['log'])
@@ -321,8 +316,8 @@ if rank == 0:
     if not page_there:
         print(f'there is no {PAGE}, so there will be no page of this run')
     print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, '
-          f'{math.ceil(n_rows / per_step):,} steps to see them once; {device}'
-          + (f'; resumed at step {i}' if i else ''))
+          f'{math.ceil(len(train) / per_step):,} steps to see them once; {device}; '
+          f'from step {i}')
 
 # -------------------------------------------------------------------------------------------------
 # The loop
@@ -332,10 +327,9 @@ while True:
     if world > 1:
         dist.broadcast(state, 0)  # the first process decides
     done, now, stop = state.tolist()
-    if now or stop or done == 1:
-        assert all(w.isfinite().all() for w in model.parameters()), (
-            f'step {i}: a weight is no number any more; most likely '
-            f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
+    assert all(w.isfinite().all() for w in model.parameters()), (
+        f'step {i}: a weight is no number any more; most likely '
+        f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
 
     # The share of the rate: what rises to 1 in the first steps, times what falls from 1 to 0.
     share = min(1, (i + 1) / (warmup_iters + 1))
@@ -349,7 +343,8 @@ while True:
 
     torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
     loss = 0
-    for x, y in get_batch(i):  # (B, T) each
+    for n in range(gradient_accumulation_steps):
+        x, y = get_batch(i * gradient_accumulation_steps + n)  # (B, T) each
         with autocast:
             logits = net(x)  # (B, T, V)
             mean = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -374,11 +369,11 @@ if stop:
     keep()
     print(f'\nstopped at step {i}, saved; to go on: '
           f'python train.py --init_from=resume --out_dir={out_dir}')
-    sys.exit(128 + int(stop))
+    sys.exit(128 + stopping)
 if i == 0 and max_minutes:
     fail(f'--max_minutes={max_minutes} is over before the first step; take more')
 best, _, _ = load(ckpt)
-loss = evaluate(best.to(device).eval(), every_row)
+loss = evaluate(best.to(device).eval(), every_block)
 bits = loss * to_bits
 result = min(log, key=lambda row: row['val_loss'])
 result = dict(result, seconds=clock(), val_loss=loss, val_bpc=bits)
