@@ -174,9 +174,10 @@ def xy(data, starts):
 def get_batch(n):
     """Batch n = 0, 1, 2, ... of the training text.
 
-    Sequence k begins at the fractional part of k g, as a share of the text, where g is the golden
-    section. So it falls into one of the widest gaps between all before it (Knuth, The Art of
-    Computer Programming, section 6.4, theorem S), and no part of the text waits long.
+    Sequence k begins at the fractional part of k g, as a share of the text. For an irrational g
+    this point falls into a widest gap between those before it (Knuth, The Art of Computer
+    Programming, section 6.4, theorem S). If g is the golden section the gaps stay most alike: so
+    all of the text is read, and none of it much more often than the rest.
     """
     # Of several processes each takes its share, and DistributedDataParallel the mean gradient.
     mine = range(n * batch_size + rank, (n + 1) * batch_size, world)
