@@ -796,11 +796,11 @@ def test_evaluations_are_twenty_and_read_the_same_blocks(run, papers):
     """Evenly spaced ones, at least 2^14 tokens of them where there are as many."""
     (papers / 'a.tex').write_text(corpus(5, 4000))
     run(*PREPARE, '--tokenizer=char', '--val_fraction=0.4')
-    result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--batch_size=1')
+    result = run('train.py', *TINY, '--max_iters=40', '--eval_interval=0', '--block_size=64')
     assert [row['step'] for row in result.log] == [*range(0, 41, 2)]
     few, every = result.few_blocks, result.every_block
-    assert 2**14 <= 16 * len(few) < 16 * len(every)
-    assert few == every[::few.step // 16]
+    assert 2**14 <= 64 * len(few) < 64 * len(every)
+    assert few == every[::few.step // 64]
 
 
 def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, refused, papers):
@@ -1213,16 +1213,16 @@ def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
     assert newest('out')['run']['i'] == 6
 
 
-@pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
-def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop, interval):
-    """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
+@pytest.mark.parametrize('stop', [False, True])
+def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop):
+    """Not by an evaluation, nor where Ctrl-C comes in the step that broke the weights."""
     def poison(optimizer, *_):
         optimizer.model.token.weight.data.fill_(math.nan)
         if stop:
             interrupt()
 
     at_call(gpt.Optimizer, 'step', [3], poison)
-    said = refused('train.py', *TINY, f'--eval_interval={interval}')
+    said = refused('train.py', *TINY)  # which evaluates after the third step
     assert 'number' in said and '--learning_rate' in said
     for name in 'ckpt', 'last':
         gpt.load(f'out/{name}.safetensors')  # which refuses what is not finite
