@@ -814,14 +814,17 @@ def test_a_budget_is_kept_and_the_rate_falls_with_the_time(run, refused, papers)
 
 
 def test_finetuning_goes_on_from_what_was_learned(run, refused, papers):
-    """The first loss is a trained model's; another tokenizer is refused."""
+    """The first loss is a trained model's, whatever the seed; another tokenizer is refused."""
     first = run('train.py', *TINY, '--max_iters=60', '--eval_interval=60', '--out_dir=base')
     base = 'base/ckpt.safetensors'
     write_papers(a=7)
     run('prepare.py', '--source=mine', '--dataset=mine', f'--tokenizer_from={base}')
     how = [argument for argument in TINY if 'block_size' not in argument]
+    other = run('train.py', *how, f'--init_from={base}', '--seed=1')
     second = run('train.py', *how, f'--init_from={base}')
     assert second.log[0]['val_loss'] < first.log[0]['val_loss'] - 1
+    assert second.log[0]['val_loss'] == other.log[0]['val_loss']
+    assert second.log[-1]['val_loss'] != other.log[-1]['val_loss']  # another dropout
     resumed = run('train.py', '--init_from=resume', '--max_iters=9')
     assert resumed.i == 9 and resumed.block_size == resumed.model.config.block_size == 16
     run(*PREPARE, '--vocab_size=290')

@@ -59,7 +59,7 @@ optimizer = 'muon'  # muon (for the matrices of the blocks, adamw for the rest) 
 learning_rate = 0.02  # how far a step goes; beside muon, tables go five times as far
 weight_decay = 0.2  # the share of each weight, times the rate, that a step takes away
 warmup_iters = 30  # steps in which the rate rises to its value
-decay_lr = True  # let the rate fall to 0 in a line
+decay_lr = True  # let the rate fall to 0 linearly
 # the machine
 seed = 1337  # what is drawn by lot in step i depends on the seed and i alone
 device = 'auto'  # auto, cpu, cuda, mps
@@ -79,7 +79,7 @@ if init_from != 'scratch':
     model, tokenizer, saved = load(path)
 if init_from == 'resume':
     # The settings are those of the run. Then the command line may change where, how long and on
-    # what machine it goes on. Anything else may have its value alone: the smallest is the largest.
+    # what machine it goes on. Anything else is fixed: its bounds are the value it had, twice.
     settings = saved['settings']
     globals().update({**settings, 'out_dir': out_dir, 'init_from': init_from})
     may_change = {'out_dir', 'init_from', 'data_dir', 'max_iters', 'max_minutes', 'eval_interval',
@@ -92,7 +92,7 @@ if init_from == 'resume':
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if world > 1:  # each process takes a GPU of its own, or all take the CPU
-    gpu = torch.cuda.is_available()
+    gpu = device != 'cpu' and torch.cuda.is_available()
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if gpu else 'cpu'
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
 if batch_size % world:  # with equal shares the mean of the processes' means is the mean
@@ -111,10 +111,10 @@ hint = f'prepare it: python prepare.py --source=... --dataset={dataset}'
 try:
     meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
     learned = TOKENIZERS[meta['tokenizer']['kind']](meta['tokenizer']['learned'])
-    # Nats a token times this are bits a character, which compare: a text has as many characters in
-    # any tokens. (An unknown token is easy to predict and hides a character: that flatters.)
+    # Nats a token times this are bits a character. They can be compared between tokenizers, except
+    # that an unknown token flatters: it is easy to predict, and hides a character.
     to_bits = meta['val']['tokens'] / meta['val']['characters'] / math.log(2)
-    train, val = (  # (N,) each, mapped from disk; the bits of these int16 are those of uint16
+    train, val = (  # (N,) each, mapped from disk. They are uint16, which older torch calls int16
         torch.from_file(f'{folder}/{name}.bin', size=meta[name]['tokens'], dtype=torch.int16)
         for name in ('train', 'val'))
 except Exception as error:  # whatever a file that is missing or damaged may cause
@@ -139,13 +139,14 @@ net = model
 if compile:
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
     net = torch.compile(model)
-if world > 1:
+if world > 1:  # the gradient is the mean of those of all processes
     net = torch.nn.parallel.DistributedDataParallel(net)
 updates = Optimizer(model, learning_rate, weight_decay, muon=optimizer == 'muon')
 
 # With weights and optimizer, this is the whole state of a run: so a resumed one is the same, bit
 # for bit, on the same number of threads and processes, unless it runs by the clock.
-i, seconds, losses, log, wrote, aside = 0, 0.0, [], [], [], None
+i, seconds, losses, log, wrote = 0, 0.0, [], [], []
+aside = None  # the log of the run that was moved aside
 if init_from == 'resume':
     try:
         globals().update(saved['run'])
@@ -167,26 +168,26 @@ golden = (5**0.5 - 1) / 2  # 0.618...
 def xy(data, starts):
     """The sequences that begin at these tokens of the data: x and y, (B, T) each."""
     rows = torch.stack([data[t:t + block_size + 1] for t in starts])  # (B, T + 1)
-    rows = rows.to(device).long() & 0xffff
+    rows = rows.to(device).long() & 0xffff  # from int16 to 0 ... 65535
     return rows[:, :-1], rows[:, 1:]
 
 
 def get_batch(n):
     """Batch n = 0, 1, 2, ... of the training text.
 
-    Sequence k begins at the fractional part of k g, as a share of the text. For an irrational g
-    this point falls into a widest gap between those before it (Knuth, The Art of Computer
-    Programming, section 6.4, theorem S). If g is the golden section the gaps stay most alike: so
-    all of the text is read, and none of it much more often than the rest.
+    Sequence k begins at the share {k g} of the text, the fractional part of k g. For an irrational
+    g this is in a widest gap between those before it (Knuth, The Art of Computer Programming,
+    section 6.4, theorem S). The golden section g keeps the gaps most alike. So all of the text is
+    read equally often, or nearly so, but for the T tokens at each end.
     """
-    # Of several processes each takes its share, and DistributedDataParallel the mean gradient.
+    # Of several processes each takes every world-th sequence.
     mine = range(n * batch_size + rank, (n + 1) * batch_size, world)
     return xy(train, [int(k * golden % 1 * (len(train) - block_size)) for k in mine])
 
 
 # -------------------------------------------------------------------------------------------------
-# How it is measured. Each evaluation reads the same evenly spaced blocks of the validation text, at
-# least 2^14 tokens or all if there are fewer: by these the best model is chosen. At the end the
+# How it is measured. Each evaluation reads the same evenly spaced blocks of the validation text,
+# at least 2^14 tokens or all if there are fewer: by these the best model is chosen. At the end the
 # best model reads the whole part, and that is the result.
 
 every_block = range(0, len(val) - 1, block_size)  # where they begin
@@ -238,7 +239,7 @@ def report(done, rate):
     model.eval()
     loss = evaluate(model, few_blocks)
     best = model if all(loss < row['val_loss'] for row in log) else None
-    mean = sum(losses) / len(losses) if losses else loss
+    mean = sum(losses) / len(losses) if losses else loss  # before step 0 there is no other
     log.append(dict(step=i, tokens=i * per_step, seconds=began,
                     train_loss=mean, val_loss=loss, val_bpc=loss * to_bits, learning_rate=rate))
     losses.clear()
@@ -251,7 +252,7 @@ def report(done, rate):
     keep(best)
     print(f'step {i:5}  train {mean:.2f}  val {loss:.2f}  {loss * to_bits:.2f} bits/char  '
           f'{time_left(done)}\n    {text[:76]}')
-    # A twentieth of max_minutes later, or so late that evaluations take a tenth of them at most.
+    # After a twentieth of max_minutes, or later: evaluations take a tenth of the time at most.
     next_time = clock() + max(3 * max_minutes, 9 * (clock() - began))
 
 
@@ -259,9 +260,9 @@ def report(done, rate):
 # What is kept: the best model, the newest state, a table and a page
 
 def keep(best=None, result=()):
-    """Save the newest state and, if it is given, the best model; the last row, of the log or of
-    the result, says how good it is. Each file is replaced whole: if the disk is full, the run ends
-    and can be resumed from what was saved before."""
+    """Save the newest state and, if it is given, the best model, both with the last row of the
+    table: the result or, before there is one, the newest row of the log. Each file is replaced
+    whole: if the disk is full, the run ends and can be resumed from what was saved before."""
     rows = [*log, *result]
     run = dict(i=i, seconds=clock(), losses=losses, log=log, wrote=wrote, aside=aside)
     about = dict(rows[-1], run=run, settings=config, macros=meta['macros'])
@@ -269,7 +270,7 @@ def keep(best=None, result=()):
     if best:
         save(ckpt, best, tokenizer, **about)
     save(last, model, tokenizer, updates.state, **about)
-    table = [rows[0], *(row.values() for row in rows)]  # the names, and the numbers
+    table = [rows[0], *(row.values() for row in rows)]  # a dict gives its names, then numbers
     text = ''.join(','.join(map(str, line)) + '\n' for line in table)
     write(f'{out_dir}/log.csv', text.encode())
     if page_there:
@@ -317,17 +318,16 @@ if rank == 0:
     if not page_there:
         print(f'there is no {PAGE}, so there will be no page of this run')
     print(f'{model.config.n_params:,} parameters; {len(train):,} tokens, '
-          f'{math.ceil(len(train) / per_step):,} steps to see them once; {device}; '
-          f'from step {i}')
+          f'as many as {math.ceil(len(train) / per_step):,} steps read; {device}; from step {i}')
 
 # -------------------------------------------------------------------------------------------------
 # The loop
 
 while True:
-    state = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
+    decided = torch.tensor([progress(), due(), stopping], dtype=torch.float64)
     if world > 1:
-        dist.broadcast(state, 0)  # the first process decides
-    done, now, stop = state.tolist()
+        dist.broadcast(decided, 0)  # the first process decides
+    done, now, stop = decided.tolist()
     assert all(w.isfinite().all() for w in model.parameters()), (
         f'step {i}: a weight is no number any more; most likely '
         f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
@@ -336,22 +336,21 @@ while True:
     share = min(1, (i + 1) / (warmup_iters + 1))
     if decay_lr:
         share *= 1 - done
-    # A resumed run has already reported the step at which it was saved: there are no losses yet.
+    # Not twice at one step: after a report there are no losses until the next step.
     if rank == 0 and (now or done == 1) and (losses or not log):
         report(done, share * learning_rate)
     if done == 1 or stop:
         break
 
-    torch.manual_seed(seed * 2**32 + i * world + rank)  # for dropout
+    torch.manual_seed(seed * 1_000_000 + i * world + rank)  # for dropout
     loss = 0
-    for n in range(gradient_accumulation_steps):
-        x, y = get_batch(i * gradient_accumulation_steps + n)  # (B, T) each
+    for part in range(gradient_accumulation_steps):
+        x, y = get_batch(i * gradient_accumulation_steps + part)  # (B, T) each
         with autocast:
             logits = net(x)  # (B, T, V)
             mean = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        mean = mean / gradient_accumulation_steps
-        mean.backward()
-        loss += mean.item()
+        (mean / gradient_accumulation_steps).backward()
+        loss += mean.item() / gradient_accumulation_steps
     losses.append(loss)
     updates.step(i + 1, share)
     model.zero_grad()
@@ -376,8 +375,8 @@ if i == 0 and max_minutes:
 best, _, _ = load(ckpt)
 loss = evaluate(best.to(device).eval(), every_block)
 bits = loss * to_bits
-result = min(log, key=lambda row: row['val_loss'])
-result = dict(result, seconds=clock(), val_loss=loss, val_bpc=bits)
+row = min(log, key=lambda row: row['val_loss'])
+result = dict(row, seconds=clock(), val_loss=loss, val_bpc=bits)
 keep(best, [result])
 print(f'''best of step {result["step"]}, on the whole validation part: {bits:.3f} bits/char
 finished: {ckpt}, and {out_dir}/run.html for a browser
