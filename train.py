@@ -114,7 +114,7 @@ try:
     # Nats a token times this are bits a character. They can be compared between tokenizers, except
     # that an unknown token flatters: it is easy to predict, and hides a character.
     to_bits = meta['val']['tokens'] / meta['val']['characters'] / math.log(2)
-    train, val = (  # (N,) each, mapped from disk. They are uint16, which older torch calls int16
+    train, val = (  # (N,) each, mapped from disk as int16: torch 2.2 has no uint16
         torch.from_file(f'{folder}/{name}.bin', size=meta[name]['tokens'], dtype=torch.int16)
         for name in ('train', 'val'))
 except Exception as error:  # whatever a file that is missing or damaged may cause
