@@ -328,7 +328,7 @@ while True:
     if world > 1:
         dist.broadcast(decided, 0)  # the first process decides
     done, now, stop = decided.tolist()
-    assert all(w.isfinite().all() for w in model.parameters()), (
+    assert all(w.sum().isfinite() for w in model.parameters()), (
         f'step {i}: a weight is no number any more; most likely '
         f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
 
