@@ -1216,16 +1216,16 @@ def test_a_folder_that_vanished_is_made_again(run, papers, at_call):
     assert newest('out')['run']['i'] == 6
 
 
-@pytest.mark.parametrize('stop', [False, True])
-def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop):
-    """Not by an evaluation, nor where Ctrl-C comes in the step that broke the weights."""
+@pytest.mark.parametrize('stop, interval', [(False, 1), (False, 6), (True, 6)])
+def test_a_loss_that_is_no_number_is_not_saved(refused, papers, at_call, stop, interval):
+    """At an evaluation, at a step, and where Ctrl-C comes in the step that broke the weights."""
     def poison(optimizer, *_):
         optimizer.model.token.weight.data.fill_(math.nan)
         if stop:
             interrupt()
 
     at_call(gpt.Optimizer, 'step', [3], poison)
-    said = refused('train.py', *TINY)  # which evaluates after the third step
+    said = refused('train.py', *TINY, f'--eval_interval={interval}')
     assert 'number' in said and '--learning_rate' in said
     for name in 'ckpt', 'last':
         gpt.load(f'out/{name}.safetensors')  # which refuses what is not finite

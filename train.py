@@ -175,10 +175,10 @@ def xy(data, starts):
 def get_batch(n):
     """Batch n = 0, 1, 2, ... of the training text.
 
-    Sequence k begins at the share {k g} of the text, the fractional part of k g. For an irrational
-    g this is in a widest gap between those before it (Knuth, The Art of Computer Programming,
-    section 6.4, theorem S). The golden section g keeps the gaps most alike. So all of the text is
-    read equally often, or nearly so, but for the T tokens at each end.
+    Of all places where a sequence can begin, sequence k begins at the share {k g}, the fractional
+    part of k g. For an irrational g this is in a widest gap between those before it (Knuth, The
+    Art of Computer Programming, section 6.4, theorem S). The golden section g keeps the gaps most
+    alike. So all of the text is read equally often, or nearly so, but for the T tokens at each end.
     """
     # Of several processes each takes every world-th sequence.
     mine = range(n * batch_size + rank, (n + 1) * batch_size, world)
@@ -328,7 +328,7 @@ while True:
     if world > 1:
         dist.broadcast(decided, 0)  # the first process decides
     done, now, stop = decided.tolist()
-    assert all(w.sum().isfinite() for w in model.parameters()), (
+    assert sum(w.sum() for w in model.parameters()).isfinite(), (
         f'step {i}: a weight is no number any more; most likely '
         f'--learning_rate={learning_rate} is too large. {ckpt} is the last good model')
 
