@@ -178,7 +178,7 @@ def get_batch(n):
     Of all places where a sequence can begin, sequence k begins at the share {k g}, the fractional
     part of k g. For an irrational g this is in a widest gap between those before it (Knuth, The
     Art of Computer Programming, section 6.4, theorem S). The golden section g keeps the gaps most
-    alike. So all of the text is read equally often, or nearly so, but for the T tokens at each end.
+    alike. So all of the text is read nearly equally often, but for the T tokens at each end.
     """
     # Of several processes each takes every world-th sequence.
     mine = range(n * batch_size + rank, (n + 1) * batch_size, world)
